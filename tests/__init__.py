@@ -1,1 +1,1 @@
-"""Tests: the folders mirror the package; fakes/, fuzz/, long/ and measure/ serve them."""
+"""Tests. The folders mirror the package; fakes/, fuzz/, long/ and measure/ support them."""

@@ -80,7 +80,7 @@ def starter() -> Model:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Model]:
-    """Return a function from changes of `tiny_config` to a `Model` without a tokenizer."""
+    """Return a function from changes to `tiny_config` to a `Model` without a tokenizer."""
 
     def make(dtype: mx.Dtype = mx.float32, seed: int = 0, **changes) -> Model:
         raw = tiny_config(**changes)
@@ -97,7 +97,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that, when greedy, writes letters for ever and nothing else."""
+    """Return the folder of a model that, when greedy, writes letters forever and nothing else."""
     return write_letters(tmp_path_factory.mktemp("cli") / "letters", tiny_config(**SMALL))
 
 

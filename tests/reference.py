@@ -55,7 +55,7 @@ def _head_dim(config: dict) -> int:
 
 
 def _llama3(inv_freq: np.ndarray, rope: dict, original: float) -> np.ndarray:
-    """Divide long wavelengths by the factor, keep short ones, and go smoothly between."""
+    """Divide long wavelengths by the factor, keep short ones, and interpolate between them."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     turns = original * inv_freq / (2 * math.pi)  # full turns within the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -223,7 +223,7 @@ def _rms_norm(weights: Weights, name: str, x: np.ndarray, config: dict) -> np.nd
 def _qkv(
     config: dict, weights: Weights, layer: str, x: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The unrotated queries (..., H, D), keys and values (..., K, D) of a layer's input."""
+    """Return the unrotated queries (..., H, D), keys and values (..., K, D) of a layer's input."""
     h = _rms_norm(weights, f"{layer}.input_layernorm", x, config)
     if config["model_type"] == "phi3":
         joined = _linear(weights, f"{layer}.self_attn.qkv_proj", h)
@@ -243,7 +243,7 @@ def _qkv(
 def _rest_of_layer(
     config: dict, weights: Weights, layer: str, x: np.ndarray, seen: np.ndarray
 ) -> np.ndarray:
-    """A layer's output from its input and what its heads saw (..., H, D)."""
+    """Return a layer's output from its input and what its heads saw (..., H, D)."""
     x = x + _linear(weights, f"{layer}.self_attn.o_proj", seen.reshape(*x.shape[:-1], -1))
     h = _rms_norm(weights, f"{layer}.post_attention_layernorm", x, config)
     if config["model_type"] == "phi3":
@@ -266,7 +266,7 @@ def _layers(config: dict) -> list[str]:
 
 
 def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
-    """The frequencies and the magnitude of each layer: none where a SmolLM3 does not rotate."""
+    """Return each layer's frequencies and magnitude: none where a SmolLM3 does not rotate."""
     layers = config["num_hidden_layers"]
     rotated = [1] * layers
     if config["model_type"] == "smollm3":
@@ -369,7 +369,7 @@ def _attend_text(
     sinks: int,
     window: int | None,
 ) -> np.ndarray:
-    """What each token of a text sees in one layer; q (n, H, D), k and v (n, K, D), unrotated.
+    """Return what each token sees in one layer; q (n, H, D), k and v (n, K, D) are unrotated.
 
     A pair (d, d + D / 2) is one complex number here, and rotating it by place p is one product with
     exp(i p f_d): the cheapest way to rotate all keys again at every step.

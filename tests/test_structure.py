@@ -55,7 +55,7 @@ ROOMS = [
     "selftest",
     "cli",
 ]
-# Packages by the name they are imported under, where it is not the distribution's.
+# Packages by the name they are imported under, where it differs from the distribution's.
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "mlx_lm": "mlx-lm",
@@ -150,9 +150,9 @@ def test_public_names_are_complete(name):
         assert getattr(room, public) is getattr(import_module(home), public)
 
 
-# Programs may use these names: of these modules, those in `__all__`.
+# Programs may use the names in `__all__` of these modules.
 PUBLIC = ("mlx_stream", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub")
-# Of these modules, and of what is in them, all names without an underscore.
+# Programs may use all names without an underscore in these modules, and in what they contain.
 PUBLIC_WHOLE = ("mlx_stream.errors", "mlx_stream.program")
 APPS = ROOT / "apps"
 PROGRAM_FILES = sorted(p for folder in (APPS, ROOT / "convert") for p in folder.rglob("*.py"))
@@ -172,7 +172,7 @@ def is_public(module: str, name: str) -> bool:
 
 
 def uses_of(tree: ast.AST, own: str) -> set[str]:
-    """Return what a program uses although it may not.
+    """Return what a program uses but must not use.
 
     Args:
         own: the program's package; "" if it has none.

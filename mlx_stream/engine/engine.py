@@ -246,7 +246,7 @@ class Engine:
             shared: see `session`.
 
         Raises:
-            ValueRefused: `max_tokens` below 1.
+            ValueRefused: `max_tokens` is below 1.
             QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """

@@ -80,7 +80,7 @@ def find_hits(
             words = [word for word in found if number in having[word] or number in beside[word]]
             if len(words) >= fewest and any(number in having[word] for word in words):
                 hits.append(Hit(number, share, tuple(words)))
-    # Ties put the newest first, because it may supersede the others.
+    # In a tie the newest comes first, because it may supersede the others.
     return sorted(hits, key=lambda hit: (-round(hit.share, 2), -hit.number))[:MOST_HITS]
 
 

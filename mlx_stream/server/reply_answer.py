@@ -88,7 +88,7 @@ class ReplyCounts:
         }
 
     def about(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
-        """Our own object in a response: what is attended to, and what is not."""
+        """This server's own object in a response: what is attended to, and what is not."""
         reply = self.begun
         notices = [f"ignored, because this server does not know it: {name}" for name in ignored]
         return {

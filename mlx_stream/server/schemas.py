@@ -171,7 +171,7 @@ class Generation(Strict):
 
     @property
     def sampling(self) -> Sampling:
-        """The sampling settings; defaults are ours, not OpenAI's."""
+        """The sampling settings; the defaults are this server's, not OpenAI's."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p if self.top_p is None else max(self.top_p, LOWEST_TOP_P),

@@ -91,7 +91,7 @@ def run(
 
 @pytest.fixture
 def display() -> Iterator[str]:
-    """Yield a screen to draw on: the user's, macOS's own, or an invisible one."""
+    """Yield a screen to draw on: the user's, macOS's own, or a virtual one."""
     pytest.importorskip("tkinter", reason="this Python has no tkinter")
     if sys.platform == "darwin" or os.environ.get("DISPLAY"):
         yield os.environ.get("DISPLAY", "")
@@ -99,7 +99,7 @@ def display() -> Iterator[str]:
     if not (xvfb := shutil.which("Xvfb")):
         pytest.skip("there is no display, and no Xvfb (Debian: apt-get install xvfb)")
     reading, writing = os.pipe()
-    # It finds a free display number, and writes it when it is ready.
+    # Xvfb finds a free display number, and writes it once it is ready.
     server = subprocess.Popen(
         [xvfb, "-displayfd", str(writing), "-nolisten", "tcp"],
         pass_fds=[writing],
@@ -134,7 +134,7 @@ def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):
 
 @pytest.mark.starter
 def test_the_readmes_refused_session_is_refused_by_the_starter_anywhere(starter):
-    """The context refuses it, because the bytes that fit differ between machines."""
+    """Its window exceeds the context, because the bytes that fit differ between machines."""
     asked = re.search(r"session\(window=([\d_]+)\)\.wait", "\n".join(readme_blocks()))
     assert asked and int(asked[1]) + 4 > starter.config.max_position_embeddings
 

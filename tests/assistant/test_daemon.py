@@ -1,4 +1,4 @@
-"""The assistant as a program: killed, stopped, asked, and given bad input."""
+"""The assistant as a program: when it is killed, stopped, sent requests, and given bad input."""
 
 import os
 import random
@@ -25,7 +25,7 @@ WINDOW = 400
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory) -> Path:
-    """Return the folder of a model that writes letters, with room for a window."""
+    """Return the folder of a model that writes letters; its context has room for a window."""
     config = tiny_config(max_position_embeddings=512)
     return write_letters(tmp_path_factory.mktemp("assistant") / "letters", config)
 
@@ -40,7 +40,7 @@ def home(monkeypatch):
 
 @pytest.fixture
 def log(tmp_path) -> Path:
-    """Return a file that is followed."""
+    """Return the file that the assistant follows."""
     path = tmp_path / "x.log"
     path.touch()
     return path
@@ -80,7 +80,7 @@ def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
         return listener.stats.attended, listener.stats.evicted
 
 
-# --- killed ---
+# --- kills ---
 
 
 def test_killed_again_and_again_it_reads_everything_once(start, letters, log, tmp_path):
@@ -201,7 +201,7 @@ def test_after_a_step_that_failed_it_resumes_from_its_snapshot(start, letters, l
     assert watch.text(log) == log.read_text()
 
 
-# --- asked ---
+# --- requests ---
 
 
 def test_questions_leave_the_stream_as_it_is(start, log, tmp_path):
@@ -344,7 +344,7 @@ def test_only_one_of_a_name_runs(start, log):
     with pytest.raises(AssistantError, match="must be status, stop"):
         asked("everything")
     assistant.kill()
-    assistant = start(f"--follow={log}")  # past the socket that is left
+    assistant = start(f"--follow={log}")  # despite the socket that was left
     assistant.until(lambda status: status["state"] == "reading")
     assistant.stop()
 

@@ -62,7 +62,7 @@ def test_notes_are_read_once_and_then_what_is_new_in_them(tmp_path):
     for name in (".hidden.md", "c.py", "d.md~"):
         (tmp_path / name).write_text("no\n")
     (tmp_path / "empty.md").touch()
-    assert looking.look(1) == []  # they may still be in the middle of being written
+    assert looking.look(1) == []  # their writers may not have finished
     assert sorted(looking.look(1)) == [("a.md", "one\n"), ("sub/b.TXT", "two\n")]
     looking.begin()
     assert looking.look() == []
@@ -159,7 +159,7 @@ def test_a_note_that_was_moved_is_not_read_again(tmp_path, how):
     old.write_text("one\n")
     looking = Looking(tmp_path)
     looking.look()
-    if how == "NFC and NFD":  # copied to a disk that spells it so
+    if how == "NFC and NFD":  # copied to a disk with the other spelling
         new.write_text("one\n")
         old.unlink()
     elif how == "its folder":
@@ -309,7 +309,7 @@ def test_appended_chunks_are_there_after_a_restart(journal, tmp_path):
     assert again.bytes == len(text) and source.place == {"offset": 1}
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
-    again.append(Chunk("y.log", "file", "y.log", b"", "", {"offset": 7}))  # of --from-end
+    again.append(Chunk("y.log", "file", "y.log", b"", "", {"offset": 7}))  # as with --from-end
     source = again.source("y.log")
     assert source and source.place == {"offset": 7} and again.last == 5
     again.close()
@@ -448,7 +448,7 @@ def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, 
     wanted = None
     for count in range(len(text) + 1):
         if after and 0 < count < len(text):
-            continue  # a crash does not leave half a note with something after it
+            continue  # a crash does not leave text after half a note
         journal.begin_note({"note": text, "at": len(before)}, 1, 0.0)
         path.write_bytes(before + text[:count].encode() + after)
         diary.finish()

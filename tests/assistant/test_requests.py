@@ -38,7 +38,7 @@ def journal(tmp_path):
 
 
 class Feeding:
-    """A feeder of text that no journal holds."""
+    """A feeder of text that is not in a journal."""
 
     def __init__(self, listener: Any):
         self._listener, self.fed, self.characters, self.failure = listener, 0, 0, None
@@ -60,7 +60,7 @@ def arrival(text: str) -> Chunk:
 
 @pytest.fixture
 def handler(letters, journal, tmp_path):
-    """Return a handler that answers from a stream which was fed nothing."""
+    """Return a handler that answers from a stream that has been fed nothing."""
     with engine_of(letters) as engine:
         listener = engine.listen(window=300, sampling=GREEDY, max_tokens=5, backlog=10_000)
         listener.wait(DEADLINE)
@@ -92,7 +92,7 @@ def test_the_asker_is_told_of_unread_text_unless_with_now(handler, monkeypatch):
     reports = [first, *(line for line in more if "waiting" in line)]
     lefts = [line["waiting"] for line in reports]
     assert len(lefts) > 1 and lefts == sorted(lefts, reverse=True) and lefts[-1] > 500
-    assert reports[-1]["seconds"] >= 0  # from the speed until now
+    assert reports[-1]["seconds"] >= 0  # estimated from the speed so far
     assert more[len(reports) - 1 :] and all(line["text"] for line in more[len(reports) - 1 :])
     assert last["done"] and handler.listener.backlog == 0
     first, *_ = handler.answer({"what": "ask", "question": "Who?"})
@@ -136,7 +136,7 @@ def test_an_answer_tells_since_when_the_window_reaches(handler, journal, monkeyp
     *_, last = handler.answer({"what": "ask", "question": "Who?"})
     status = next(handler.answer({"what": "status"}))
     assert last["since"] == status["since"] and status["tokens_per_second"] > 0
-    # A line has about 25 tokens, and the window 300.
+    # A line has about 25 tokens, and the window holds 300.
     attended = handler.listener.stats.attended - handler.listener.stats.pinned
     lines = attended / (handler.listener.stats.prompt_tokens / 40)
     assert abs(times.index(last["since"]) - (40 - lines)) <= 2
@@ -172,7 +172,7 @@ def test_when_the_first_note_of_a_run_is_due(monkeypatch, minutes_ago, seconds):
 
 @pytest.mark.parametrize("clock", ["monotonic", "time"])
 def test_a_note_is_due_by_either_clock(monkeypatch, clock):
-    """A Mac that sleeps stops one of them, and the other may be set back."""
+    """One clock stops while a Mac sleeps, and the other may be set back."""
     schedule, now = NoteSchedule(3_600, 0), getattr(time, clock)()
     assert not schedule.is_due()
     monkeypatch.setattr(time, clock, lambda: now + 3_601)

@@ -49,7 +49,7 @@ def test_rotated_more_than_once_unseen(path, unread, restart, cut):
             path.with_name("kept").write_bytes(path.read_bytes())
             os.utime(path.with_name("kept"), (number - 1, number - 1))
         rotate(path)
-        if cut:  # the file is copied, and emptied where it is
+        if cut:  # the file is copied, then truncated in place
             path.with_name("x.log.1").rename(path)
             path.with_name("kept").rename(path.with_name("x.log.1"))
             os.truncate(path, 0)
@@ -77,7 +77,7 @@ def test_rotated_more_than_once_by_date(path, names):
 
 @pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
 def test_other_rotated_files_are_not_read_again(path, kept):
-    """Later files have higher numbers, one is written to after it was left, and one is gone."""
+    """Later files have higher numbers, one is written to after it was read, and one is gone."""
     reading = Reading(path)
     for number in range(1, 4):
         write(path, b"%d\n" % number, number)
@@ -126,7 +126,7 @@ def test_rotated_files_that_are_there_are_read_first_the_oldest_first(path, name
             reading.restart()
     assert reading.taken == b"1\n2\n3\n" and "not read" not in str(reading.told)
     other = Reading(path, from_end=True)
-    other.path.unlink()  # what is rotated already is not new, though the file comes later
+    other.path.unlink()  # rotated files are not new, even if the file itself comes later
     other.wait()
     add(path, b"4\n")
     other.wait(10)
@@ -196,7 +196,7 @@ def replace_open_file(monkeypatch, opened) -> None:
 
 @pytest.fixture
 def locked(monkeypatch):
-    """Names that cannot be opened; simulated, because root may open any file."""
+    """Return names that cannot be opened; simulated, because root can open any file."""
     names: set[str] = set()
     whole = tail.open_file
 
@@ -353,7 +353,7 @@ def test_a_random_life_of_a_file(path, seed):
 def test_an_empty_rotated_file_may_be_older_than_the_end_of_the_one_before(path, restart):
     reading = read_one(path)
     rotate(path)
-    write(path, b"", 3)  # there before the writer has noticed the renaming
+    write(path, b"", 3)  # created before the writer notices the renaming
     write(path.with_name("x.log.1"), b"two\n", 4)
     rotate(path)
     write(path, b"three\n", 5)

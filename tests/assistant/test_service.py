@@ -43,7 +43,7 @@ def test_an_agent_of_launchd():
     options = {f"--follow={HARD}", "--notes=/n.md", "--window=508", "--pause-on-battery"}
     assert options < {*words[4:]} and "--from-end" not in words
     assert agent["ProcessType"] == "Adaptive" and agent["RunAtLoad"] is True
-    assert agent["KeepAlive"] == {"SuccessfulExit": False}  # a kill for lack of memory, too
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}  # also restarts after an OOM kill
     assert {"MLX_STREAM_HOME", AGENT} <= {*agent["EnvironmentVariables"]}
     path = login_service.service_path(service_name("main"), "darwin")
     assert path.parts[-3:-1] == ("Library", "LaunchAgents")

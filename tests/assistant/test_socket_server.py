@@ -29,7 +29,7 @@ def silent(asked):
 
 @pytest.fixture
 def near():
-    """Return a folder with a short path, as a socket needs it."""
+    """Return a folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         yield Path(folder)
 

@@ -395,7 +395,7 @@ def test_binary_standard_input_is_refused_and_its_writer_learns_of_it():
     assert "no longer read" in told[0] and "is not UTF-8" in source.state["complaint"]
     with pytest.raises(BrokenPipeError):
         os.write(write, b"x")
-    assert os.read(read, 1) == b""  # the number is taken, so that no other file gets it
+    assert os.read(read, 1) == b""  # the descriptor stays in use, so no other file gets it
     os.close(read)
     os.close(write)
 

@@ -19,7 +19,7 @@ def test_the_worked_example():
 
 @st.composite
 def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
-    """A geometry and a place a stream can reach, early, late, or near 2^62."""
+    """Draw a geometry and a position that a stream can reach: early, late, or near 2^62."""
     geometry = Geometry(draw(st.integers(0, 6)), draw(st.integers(1, 24)), draw(st.integers(0, 8)))
     length = draw(
         st.one_of(
@@ -35,14 +35,14 @@ def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
 
 
 def attends(geometry: Geometry, place: StreamPosition, token: int) -> set[int]:
-    """Return what a token attends to, by the definition; None of it looks at rows."""
+    """Return what a token attends to, by the definition, without looking at rows."""
     sinks = {i for i in range(geometry.sinks) if i <= token}
     oldest = max(geometry.sinks, place.floor, token - geometry.window + 1)
     return sinks | set(range(oldest, token + 1))
 
 
 def holders(geometry: Geometry, newest: int) -> list[int | None]:
-    """Which token each row holds if `newest` was the last one written."""
+    """Return which token each row holds if `newest` was the last one written."""
     held: list[int | None] = [None] * geometry.rows
     recent = range(max(0, newest - 2 * geometry.ring - geometry.sinks), newest + 1)
     for token in (*range(min(geometry.sinks, newest + 1)), *recent):

@@ -103,7 +103,7 @@ def continue_from(model, cache: StreamCache, chunks: list[int]) -> np.ndarray:
 
 
 def spy_on_arrays(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
-    """Record the largest whole number the cache and the rotation hand to MLX."""
+    """Record the largest whole number that the cache and the rotation pass to MLX."""
 
     class Spy:
         def __getattr__(self, name: str):

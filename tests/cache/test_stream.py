@@ -54,7 +54,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def guess(self, data: st.DataObject):
-        """Read tokens in one step, and take some of them back: no attended one is lost."""
+        """Read tokens in one step, and take some back, without losing an attended one."""
         count, before = data.draw(st.integers(1, self.cache.max_verify)), self.cache.attended
         rejected = data.draw(st.integers(0, count - 1))
         self.twins.verify(count)

@@ -16,7 +16,7 @@ from tests.fakes.shapes import Shape, Twins, next_step
     ("dtype", "tolerance"), [(mx.float32, 2e-4), (mx.float16, 1e-2), (mx.bfloat16, 0.1)], ids=str
 )
 def test_rejected_tokens_cost_no_attended_one(sinks, window, count, dtype, tolerance):
-    """Every number is accepted in turn, while filling, around the wrap and re-anchorings."""
+    """Accept each number in turn: while the ring fills, around its wrap and re-anchorings."""
     shape = Shape(sinks, window, 7, group=2, head_dim=16, layers=1, dtype=dtype)
     twins = Twins(shape, tolerance)
     twins.read(sinks + 20)

@@ -55,7 +55,7 @@ def test_the_newest_whole_turns_of_a_history_are_attended(turns, window, name):
 
 
 def test_a_history_is_as_many_turns_as_fit():
-    """One turn more would not fit; a session that was told the same holds the same ids."""
+    """One more turn would not fit; a session in which the same was said holds the same ids."""
     turns = [("Hi", "the thin man"), ("And then?", "in the end"), ("Why?", "So it is")]
     whole = recorded(model("plain"), Trouble(), window=300, history=messages(turns))
     list(whole.reply("Next?", 1))
@@ -195,7 +195,7 @@ def test_a_forks_ring_is_charged_and_it_is_not_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*THINKS, "told not to"])
 def test_a_reply_goes_on_from_its_beginning(name, tmp_path):
-    """The script writes jklmno: what follows the given letters of it."""
+    """The script is jklmno; the reply is what follows the letters that were given."""
     source, think = THINKS.get(name, SWITCH), None if name in THINKS else False
     chat = thinker(tmp_path / "model", source, think=think)
     for begin, rest in (("jkl", "mno"), ("jklmn", "o")):
@@ -280,7 +280,7 @@ def test_the_thinking_of_a_history_is_marked_by_tokens(tmp_path):
     chat.follow(history)
     said(chat.reply("Next?"))
     mark = chat.model.tokenizer.encode("<think>", special=False)[0]
-    assert chat.tokens.ids.attended().count(mark) == 2  # of both replies, none from the text
+    assert chat.tokens.ids.attended().count(mark) == 2  # one for each reply, none from the text
     assert_well_formed(chat)
 
 

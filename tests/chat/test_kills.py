@@ -44,7 +44,7 @@ def say(chat: ChatSession, question: str = "And?") -> None:
 
 
 def begun(model: Model) -> SavedSession:
-    """Return a conversation with a snapshot, and a turn that is not in it."""
+    """Return a conversation with a snapshot, and a turn that is not in the snapshot."""
     saved = open_session("x", model, OPTIONS)
     say(saved.chat, "Hello.")
     saved.write_snapshot()
@@ -159,7 +159,7 @@ def states(saved: SavedSession) -> list[tuple[int, str, str]]:
 
 @dataclass
 class Way:
-    """What is done about an unanswered question, and the turns and questions afterwards."""
+    """What to do about an unanswered question, and the turns and questions afterwards."""
 
     act: Callable[[ChatSession], Any]
     then: list[tuple[str, str]]

@@ -33,7 +33,8 @@ lock = Lock.acquire(path)
 print("held", flush=True)
 sys.stdin.read()
 """
-# Locks that are removed while they are held; a marker tells when two hold it at once.
+# Takes a lock, and sometimes removes its file while holding it; a marker shows whether two
+# processes hold it at once.
 FIGHT = """
 marker, end, times = path.with_name("marker"), time.monotonic() + float(sys.argv[2]), 0
 while time.monotonic() < end:
@@ -161,7 +162,7 @@ def test_sessions_are_listed_by_name() -> None:
     (folder / "a.db-wal").touch()
     (folder / "link.db").symlink_to(folder / "a.db")
     (folder / "folder.db").mkdir()
-    assert session_names() == ["a", "b", "c.d"] and latest_session() is None  # damaged, all of them
+    assert session_names() == ["a", "b", "c.d"] and latest_session() is None  # all are damaged
 
 
 def test_a_lock_ends_once(tmp_path: Path) -> None:

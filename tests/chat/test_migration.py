@@ -259,7 +259,7 @@ def test_several_may_open_it_at_once(path: Path) -> None:
     """One of them migrates it; the others find it migrated."""
     write_version_1(path, HEADER, TURNS * 40)
     slow, late = (connect(path, 2**20) for _ in range(2))
-    for connection in (slow, late):  # both have seen that it has version 1
+    for connection in (slow, late):  # both have seen that it is version 1
         migrations.migrate(connection)
         connection.close()
     check_migrated(path, HEADER, TURNS * 40)

@@ -96,7 +96,7 @@ def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_othe
     settled = prompts.settle(cut, first=True)
     assert settled.ids == (*asked, *tokenizer.encode("then", special=False))
     assert prompts.rest_of(settled) == "" and prompts.rest_of(cut) == "en"
-    # An exchange that is rendered as it was read has no other ids.
+    # An exchange that is rendered as it was read gets no other ids.
     plain = Exchange("Hi", "then", (), asked, tuple(letters))
     assert prompts.settle(plain, first=True).settled_ids is None
 

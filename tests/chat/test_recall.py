@@ -1,4 +1,4 @@
-"""A session with recall attends to what its twin does, whose store finds nothing (rule 13)."""
+"""A session with recall attends to the same tokens as a twin whose store finds nothing."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -66,7 +66,7 @@ def scripted(model: str | Model, store: MemoryStore, **options: Any) -> Any:
 
 
 def script(chat: Any, seed: int) -> Iterator[int]:
-    """Yield the ids of a reply: thinking, if the model thinks, and letters, up to an end or not."""
+    """Yield the ids of a reply: thinking, if the model thinks, then letters, then end tokens."""
     random, encode = Random(seed), chat.model.tokenizer.encode
     letters = encode("abcdefghi jklmno", special=False)
     thinks = bool(chat.template.style) and random.random() < 0.9
@@ -100,7 +100,7 @@ def act(chat: Any, template: str, what: str, question: str, options: tuple, end:
 
 
 def drive(chat: Any, steps: Any, end: str, count: int) -> None:
-    """Drive a reply to its end, or end it after a number of its own tokens, pieces or steps."""
+    """Drive a reply to its end, or stop it after `count` of its own tokens, pieces or steps."""
     if end in ("interrupt", "fail"):
         chat.trouble.arm(end, count, KeyboardInterrupt)
     result: ReadResult | None = None
@@ -218,7 +218,7 @@ def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
     assert isinstance(state, ActiveTurn)
     ids = state.turn.exchange.question_ids
     read = decoded(chat, [*ids])
-    if text[0] != HOSTILE[6][0]:  # a third of a token for each character: nothing of it fits
+    if text[0] != HOSTILE[6][0]:  # a third of a token for each character: none of it fits
         assert MARK in read and read.endswith("\n\nWhat?<|im_end|>\n<|im_start|>assistant\n")
     marks = chat.model.tokenizer.special_ids
     assert [id for id in ids if id in marks] == [id for id in plain if id in marks]

@@ -27,7 +27,7 @@ def model(tiny) -> mlx_stream.Model:
 
 @pytest.fixture(params=["library", "alone", "shared"])
 def chat(request, tiny, model) -> Iterator[Any]:
-    """A conversation, or a session of an engine; the last shares its steps with another one."""
+    """Yield a conversation, or an engine's session, alone or sharing its steps with another."""
     if request.param == "library":
         yield mlx_stream.ChatSession(model, **OPTIONS)
         return
@@ -145,7 +145,7 @@ def test_another_bias_or_mask_is_no_new_trace(model, monkeypatch):
         said(chat.reply("Hi", bias={id: 5.0}, max_tokens=30))
         said(chat.reply("Hi", mask=lambda ids, id=id: np.arange(300) != id, max_tokens=30))
         counts.append(model.compiled_steps.count)
-    assert counts[-1] - counts[3] < 3  # of 12 replies; a step of another kind may come late
+    assert counts[-1] - counts[3] < 3  # in 12 replies; another kind of step may come late
 
 
 @pytest.mark.parametrize(

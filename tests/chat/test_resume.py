@@ -133,7 +133,7 @@ def test_every_turn_is_in_the_transcript_when_it_ends(model):
     assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two and a half?")]
     left = chat.reply("Three?")
     next(left)
-    said(chat.reply("Four?"))  # this ends the reply before
+    said(chat.reply("Four?"))  # this ends the previous reply
     assert states(saved)[2:] == [(ANSWERED, "Three?"), (ANSWERED, "Four?")]
     chat.undo()
     chat.clear()

@@ -1,4 +1,4 @@
-"""Conversations: replies, evicted turns, retries and notices; test_settle.py has the stream."""
+"""Conversations: replies, evicted turns, retries and notices; test_settle.py tests the stream."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""After every act a stream holds what the template renders, and computes as any such stream."""
+"""After every act, a stream holds what the template renders, and computes what a twin computes."""
 
 import tempfile
 from contextlib import suppress
@@ -28,8 +28,8 @@ from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tin
 from tests.reference import SlowLlama
 
 QUESTIONS = ("Hi", "And then?\nTell.", "Why äöü €?", "Go on", "x" * 30)
-# Of an earlier reply only the text after the last of these is kept: a third of short replies
-# hold one.
+# Of an earlier reply, only the text after the last of these is kept: a third of short replies
+# contain one.
 DROPS = ("</think>", *"aumkcdfgjq")
 KEPT = "m.content" + "".join(f".split({drop!r})[-1]" for drop in DROPS)
 MADE_UP = (
@@ -108,7 +108,7 @@ def model(template: str) -> Model:
 
 
 class Trouble:
-    """Raises an error, once, at the nth time that the code reaches a place.
+    """Raises an error, once, the nth time that the code reaches a place.
 
     Attributes:
         refusals: notices about replies that the template refused.
@@ -200,7 +200,7 @@ def recorded(
 def check_logits(
     chat: Any, config: dict = CONFIG, weights: dict = WEIGHTS, error: float = 1e-4
 ) -> None:
-    """Compare with a stream that reads the same ids in the same steps, and with the slow one."""
+    """Compare with a stream that reads the same ids in the same steps, and with the reference."""
     tokens, geometry, probe = chat.tokens, chat.cache.geometry, [5, 6, 7]
     spare, floor = geometry.ring - geometry.window, 0
     cache = chat.model.new_cache(geometry.sinks, geometry.window, spare)

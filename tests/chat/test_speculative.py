@@ -39,7 +39,7 @@ def turn(chat, question, pieces):
 
 
 def stands(chat):
-    """Return everything that must be the same between two turns."""
+    """Return, between turns, what guessing must not change, and how many tokens were guessed."""
     stats = {name: value for name, value in vars(chat.stats).items() if "seconds" not in name}
     guessed = stats.pop("drafted_tokens"), stats.pop("accepted_tokens")
     place = (chat.cache.length, chat.cache.oldest, chat.cache.attended, chat.cache.evicted)

@@ -213,7 +213,7 @@ def test_it_is_a_list_of_turns(changes: list) -> None:
             if what in ("undo", "replace", "ask again", "fall back"):
                 turns.pop()
             if what == "answer" and last and last[0][0] == ASKED:
-                turns.pop()  # it is the answer to what was asked
+                turns.pop()  # this answers the pending question
             number = len(turns) + (kind is not STAND)
             if what == "stand":
                 header = replace(header, system=value, window=1 + step)
@@ -254,7 +254,7 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
 
     before = heads()
     assert len(set(before.values())) == len(before)
-    store.write(changed(STAND, 4, first=5))  # it does not cover which turns are attended
+    store.write(changed(STAND, 4, first=5))  # a head does not cover which turns are attended
     assert heads() == before
     store.write(Change(STAND, 4, {2: replace(ODD[1], rest="x")}, 1, START, HEADER.system, 60))
     after = heads()

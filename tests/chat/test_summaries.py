@@ -1,4 +1,4 @@
-"""The list of saved conversations: read quickly, it says what opening each of them says."""
+"""The list of saved conversations is read quickly, and says what opening each one would say."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Let time pass when it is told to; return a function that does."""
+    """Replace the clock with one that advances a second whenever it is read."""
     seconds = iter(range(10, 60))
     monkeypatch.setattr(store_module, "now", lambda: f"2026-11-30T12:00:{next(seconds)}Z")
 

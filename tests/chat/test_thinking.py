@@ -12,7 +12,7 @@ from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.thinkers import write_thinker
 
 GREEDY = Sampling(temperature=0)
-# Thinks in a circle for ever; the answer begins with what ends thinking.
+# Thinks in an endless loop; the answer begins with the text that ends thinking.
 ENDLESS = ("<think>", *"abcdefghi", "a")
 SWITCH = DROPS_THINKING.replace(
     "assistant\n{% endif %}",

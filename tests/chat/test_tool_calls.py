@@ -43,7 +43,7 @@ CALLS = [("weather", {"of": "Rome"}), ("time", {"of": f"the {SPELLED}", "in": [1
 
 
 def spaced(value: Any) -> str:
-    """Return JSON as no template writes it."""
+    """Return JSON with spacing that no template writes."""
     return json.dumps(value, separators=(" ,  ", " : "))
 
 
@@ -107,7 +107,7 @@ def test_a_chain_of_calls_holds_what_the_template_renders(name, dump, system):
     text = talk.model.tokenizer.decode(talk.chat.tokens.ids.attended())
     assert not any(thought in text for thought in ("First", "Second", "Third", "Last"))
     assert [len(e.calls) for e in talk.chat.exchanges] == [0, *[len(calls)] * 3, 0]
-    # Taken back, the chain has its thinking again.
+    # When its answer is taken back, the chain has its thinking again.
     talk.chat.undo()
     assert_well_formed(talk.chat)
     talk.write(talk.chat.reply(results), "Last", "Then done.")
@@ -117,7 +117,7 @@ def test_a_chain_of_calls_holds_what_the_template_renders(name, dump, system):
 
 @names
 def test_ids_as_sampled_are_those_of_the_whole_render(name):
-    """With calls written as the template does, nothing is read twice that need not be."""
+    """If calls are written as the template writes them, nothing is read twice unnecessarily."""
     talk = Talk(MODELS[name])
     calls = CALLS[: talk.kind.most]
     talk.write(talk.chat.reply("Hi"), "So", "", calls)
@@ -352,7 +352,7 @@ def test_templates_without_usable_tools_are_refused(source, what):
 
 
 def test_results_that_are_rendered_in_two_ways():
-    """As Hermes' templates: the last message of a conversation ends otherwise than others."""
+    """As in Hermes' templates, the last message of a conversation ends differently from others."""
     source = MISTRAL.replace("[/TOOL_RESULTS]", "{{ ' .' if not loop.last }}[/TOOL_RESULTS]")
     talk = Talk(replace(MODELS["mistral"], source=source))
     talk.write(talk.chat.reply("Hi"), "", "", CALLS[:1])

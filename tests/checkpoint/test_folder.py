@@ -155,7 +155,7 @@ def written(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def entry(dtype: str, shape: list[int], size: int) -> Callable[[Path], object]:
-    """Put a shard there that holds one tensor, `odd`."""
+    """Return a function that writes a shard with one tensor, `odd`."""
     header = {"odd": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
     return written(SECOND, safetensors(header, bytes(size)))
 

@@ -32,7 +32,7 @@ from tests.fakes.tiny import (
 from tests.fakes.tiny_models import all_logits, some_ids
 
 KINDS = ["F32", "F16", "BF16", *FORMATS]
-# As published: the head and some matrices in other types than the rest.
+# As in published files: the head and some matrices have other types than the rest.
 MIXED = {
     "model.embed_tokens.weight": "Q6_K",
     "lm_head.weight": "Q6_K",
@@ -69,7 +69,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def stored(values: dict[str, np.ndarray], kinds: dict[str, str]) -> dict[str, np.ndarray]:
-    """Return float32 weights as they are read: of some types rounded to 16 bits."""
+    """Return float32 weights as they are read: those of some types are rounded to 16 bits."""
     rounded = [name for name in values if kinds.get(name) in ("Q2_K", "Q3_K", "Q6_K")]
     return values | {name: values[name].astype(np.float16).astype(np.float32) for name in rounded}
 

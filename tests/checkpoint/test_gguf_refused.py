@@ -101,7 +101,7 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
 
 
 def renamed(architecture: str, **values: Any) -> dict[str, Any]:
-    """Return the changes that make a file of another architecture, with more keys."""
+    """Return the changes that give a file another architecture and more keys."""
     own = {key.replace("llama.", f"{architecture}."): value for key, value in KEYS.items()}
     more = {f"{architecture}.{name}": value for name, value in values.items()}
     return {"architecture": architecture, "keys": own | more}
@@ -109,7 +109,7 @@ def renamed(architecture: str, **values: Any) -> dict[str, Any]:
 
 MISTRAL_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
 
-# Changes of a file, and the text of its refusal.
+# Changes to a file, and the text of its refusal.
 WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (floats("blk.1.attn_v.weight"), WeightsError, "blk.1.attn_v.weight is missing"),
     (floats("token_embd.weight"), WeightsError, "token_embd.weight is missing"),

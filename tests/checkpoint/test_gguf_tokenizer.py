@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def reference(pre: str) -> Tokenizer:
-    """The same tokenizer through the library's own classes, with the original's settings."""
+    """Build the same tokenizer with the library's own classes and the original's settings."""
     pairs: list[tuple[str, str]] = [(a, b) for a, b in (merge.split(" ") for merge in MERGES)]
     vocabulary = {token: index for index, token in enumerate(TOKENS)}
     whole = pre == "llama-bpe"
@@ -140,7 +140,7 @@ def test_tokenizer_config(path: Path):
 
 
 def sentencepiece_reference(prefix: bool) -> Tokenizer:
-    """The same pieces through the library's own classes, as `LlamaConverter` sets them."""
+    """Build a tokenizer of the same pieces with the library's classes, as `LlamaConverter` does."""
     vocabulary = {piece: index for index, piece in enumerate(PIECES)}
     # In the order of the scores: `he` before `th`, whatever the numbers of the pieces.
     merges = [("h", "e"), ("▁", "t"), ("t", "h"), ("th", "e"), ("t", "he"), ("▁t", "he")]

@@ -20,21 +20,22 @@ from tests.fakes.terminals import CTRL_C, ENTER, PASTE, UP, Terminal
 from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_config, write_letters
 
-# From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
+# Python 3.12 and later warn of a fork in a process with threads. It is harmless here, because
+# pexpect's child runs a program at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|[\r\a]")
 
 
 class Chat(Terminal):
-    """The program on a terminal; its model writes letters for ever."""
+    """The program on a terminal; its model writes letters forever."""
 
     def __init__(self, *args, columns=100, **env):
         super().__init__(*program("chat", *args)[1:], columns=columns, **env)
         self.wide = columns > 60
 
     def say(self, *keys):
-        """Send a line, and return what is shown until the next prompt, escapes left out."""
+        """Send a line, and return what is shown until the next prompt, without escapes."""
         self.type(*keys, ENTER)
         return self.next()
 
@@ -190,7 +191,7 @@ def test_control_c_ends_the_reading_of_a_long_question(slow):
 
 
 def reads(chat, *keys):
-    """Send keys; see that something is read; return what stands in its place afterwards."""
+    """Send keys, wait until something is read, and return what then replaces its progress."""
     chat.type(*keys)
     chat.see("reading")
     after = chat.see(" attended · ").rpartition("\x1b[2K")[2]
@@ -280,7 +281,7 @@ def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
     chat.type("/quit", ENTER)
     chat.end()
     assert [question for question, *_ in replies("early")] == questions
-    if term != "dumb":  # there the terminal shows what is typed, whenever it is typed
+    if term != "dumb":  # a dumb terminal echoes what is typed at any time
         shown = ESCAPES.sub("", chat.shown)
         assert all(f"> {question}" in shown for question in questions)
 
@@ -313,7 +314,7 @@ def test_endless_repetition_is_noticed_once_with_a_way_out(monkeypatch, capsys):
     assert not repeats_itself(" ".join(map(str, range(900))))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     screen = Screen(lambda: None)
-    for told in (1, 0):  # once
+    for told in (1, 0):  # the notice appears only once
         with screen.reply():
             screen.show(Piece(f"{n % 3} and on. ") for n in range(90))
         assert capsys.readouterr().err.count("the reply repeats itself; --repetition-pen") == told

@@ -1,4 +1,4 @@
-"""Slash commands: which line is one, what each does to a conversation, and what it answers."""
+"""Slash commands: which lines are commands, what each does to a conversation, and its answer."""
 
 import json
 import re
@@ -33,14 +33,14 @@ OPTIONS = SessionOptions("Be brief.", 200, sampling=Sampling(0), max_tokens=7)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Model:
-    """Return a model that writes letters for ever and has a context of 4,096 tokens."""
+    """Return a model that writes letters forever and has a context of 4,096 tokens."""
     config = tiny_config(**SMALL, max_position_embeddings=4_096)
     return load(write_letters(tmp_path_factory.mktemp("commands"), config), dtype="float32")
 
 
 @pytest.fixture
 def chat(model: Model) -> ChatSession:
-    """Return a conversation of two exchanges, not saved."""
+    """Return an unsaved conversation of two exchanges."""
     return asked(new_chat(model, OPTIONS, discard))
 
 
@@ -121,7 +121,7 @@ def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, ch
 
 
 def answered(outcome, text: str) -> None:
-    """Check that a command was answered by a text and by nothing else."""
+    """Check that a command was answered with a text and nothing else."""
     assert (outcome.text, outcome.pieces, outcome.prefill, outcome.quit) == (text, None, "", False)
 
 

@@ -1,4 +1,4 @@
-"""The config file: what it may say, how it changes, and what comes before it."""
+"""The config file: what it may say, how it changes, and what takes precedence over it."""
 
 import tomllib
 

@@ -275,7 +275,7 @@ def test_a_script_says_what_it_takes(script):
 
 
 def on_a_device(budget: int) -> None:
-    """Describe a user's own device, on which a program may use so many bytes."""
+    """Describe a user's own device, on which a program may use this many bytes."""
     home = Path(os.environ["MLX_STREAM_HOME"])
     home.mkdir(parents=True, exist_ok=True)
     (home / "devices.toml").write_text(

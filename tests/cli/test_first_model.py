@@ -1,4 +1,4 @@
-"""The question for a model, asked once on a Mac: its words, its answers and what is kept."""
+"""The question of which model to use, asked once on a Mac: wording, answers, what is saved."""
 
 import tomllib
 
@@ -15,7 +15,7 @@ NAME = "qwen3-4b-instruct"
 
 
 class Asker:
-    """A person who gives the same answer each time, and what was asked."""
+    """A person who always gives the same answer, and the questions that were asked."""
 
     def __init__(self, answer: str):
         self.answer, self.questions = answer, []

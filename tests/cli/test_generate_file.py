@@ -1,4 +1,4 @@
-"""`generate --file`: every prompt is completed once, in order, though the program is killed."""
+"""`generate --file`: every prompt is completed once, in order, even after a kill."""
 
 import json
 import signal
@@ -141,7 +141,7 @@ def test_a_prompt_and_a_file_exclude_each_other(letters, prompts):
 
 
 def test_no_other_file_is_touched(letters, tmp_path):
-    """Neither one with the name of a partial file, nor a link that leads nowhere."""
+    """This holds for a file named like a partial one, and for a link that leads nowhere."""
     prompts, link = tmp_path / "in.new", tmp_path / "link"
     prompts.write_text('"a"\n')
     done(*options(letters, prompts, tmp_path / "in", "--max-tokens", 2))

@@ -1,4 +1,4 @@
-"""Markdown on a terminal: what is printed while a reply is written is what it is as a whole."""
+"""Markdown on a terminal: a reply printed as it is written looks like one printed whole."""
 
 import re
 
@@ -47,7 +47,7 @@ PARTS = st.lists(st.sampled_from([*SAMPLE.splitlines(keepends=True), "\n", "word
 
 
 def printed(text, columns, rows, size=5, resize=None):
-    """Return the terminal after a text was printed in pieces of `size` characters."""
+    """Return the terminal after printing a text in pieces of `size` characters."""
     screen = Emulator(columns, rows)
     printer = MarkdownPrinter(screen.write, lambda: (screen.columns - 1, screen.rows))
     for at in range(0, len(text), size):
@@ -88,7 +88,7 @@ def test_no_line_is_too_wide_and_no_word_is_lost(parts, width):
 
 
 def words_of(kind):
-    """Return a reply of 300 lines, and the words that must each stand once on the screen."""
+    """Return a reply of 300 lines, and the words that must each appear once on the screen."""
     words = [f"w{number}w" for number in range(300)]
     separators = {"one paragraph": " ", "lines": "\n", "paragraphs": "\n\n"}
     if kind in separators:

@@ -1,4 +1,4 @@
-"""The prompt on a real pseudo-terminal: keys in, lines out, and a history of the user's own."""
+"""The prompt on a real pseudo-terminal: keys in, lines out, and a history private to the user."""
 
 import os
 import re
@@ -22,7 +22,8 @@ from tests.fakes.terminals import (
     Terminal,
 )
 
-# From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
+# Python 3.12 and later warn of a fork in a process with threads. It is harmless here, because
+# pexpect's child runs a program at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""A chat that a signal ends, at any moment: what was asked and said is saved, and the status."""
+"""A signal ends a chat at any moment: what was asked and said is saved, and the status is right."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def turns(name):
 
 @pytest.mark.parametrize("number", ALL)
 def test_a_signal_at_a_random_moment(letters, number):
-    """A first turn of 400 tokens, then a second without end."""
+    """The first turn has 400 tokens; the second does not end."""
     luck = random.Random(int(number))
     for moment in range(MOMENTS):
         name = f"s{moment}"
@@ -121,7 +121,7 @@ def test_what_is_being_written_is_finished_first(number, handlers):
     with pytest.raises(SystemExit) as ended, finished_before_signals():
         os.kill(os.getpid(), number)
         steps.append("written")
-        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second signal ends it
     assert ended.value.code == 128 + number and steps == ["written"]
     assert signal.getsignal(number) == signal.SIG_DFL
 

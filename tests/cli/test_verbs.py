@@ -77,7 +77,7 @@ def test_stats_go_to_standard_error(letters: Path) -> None:
     options = ("chat", letters, *GREEDY, "--max-tokens", 40, "--window", 24, "--seed", 5)
     quiet, result = (done(*options, *more, stdin="a\nb\n") for more in ((), ("--stats",)))
     assert result.out == quiet.out
-    # Of what is attended the user is told once, with and without.
+    # The user is told once what is attended, with --stats and without.
     assert quiet.err.startswith(
         "mlx_stream: the window of 24 tokens is full: the oldest tokens are"
     )

@@ -14,7 +14,7 @@ def qt_is_missing() -> str:
     """Return why Qt cannot draw here, or nothing."""
     if sys.platform != "linux":
         return "Toga draws with Qt on Linux only"
-    # In another process: a backend is chosen once, and these tests have chosen the dummy.
+    # In another process, because a backend is chosen once, and these tests have chosen the dummy.
     tried = subprocess.run(
         [sys.executable, "-c", "import toga_qt, PySide6.QtWidgets"], capture_output=True, text=True
     )
@@ -51,7 +51,7 @@ def test_a_real_window_shows_a_conversation_the_gauge_and_no_markup(letters, tmp
 
 
 def refused(monkeypatch, **env):
-    """Return the one line with which the app ends, with these variables for its display."""
+    """Return the one line that the app ends with, given these variables for its display."""
     if sys.platform != "linux":
         pytest.skip("a display is a variable on Linux only")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):

@@ -135,7 +135,7 @@ async def test_questions_sent_in_the_moment_another_click_takes_are_drafts(lette
         one.view.new._impl.simulate_press()
         for question in ("Lost?", "Or this?"):
             one.view.question.value = question
-            one.view.send._impl.simulate_press()  # before the loop has begun with the first
+            one.view.send._impl.simulate_press()  # before the loop handles the first click
             assert one.view.question.value == ""
         one.view.question.value = "Second?"  # typed before the window shows them again
         await settled(one)

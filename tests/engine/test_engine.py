@@ -1,4 +1,4 @@
-"""An engine: sessions give what each gives alone, stop at once, and fail independently."""
+"""An engine: each session gives what it gives alone, stops at once, and fails independently."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ def hold(chat, questions):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_sessions_at_once_say_what_each_says_alone(letters, engine, shared):
-    """To the bit, unless steps are shared: a greedy reply of letters has the ids before it."""
+    """They are equal to the bit unless steps are shared; greedy letters are equal even then."""
     chats = {n: engine.session(sampling=GREEDY, shared=shared, **OPTIONS) for n in QUESTIONS}
     model, found = mlx_stream.load(letters, dtype="float32", keep_quantized=False), {}
 
@@ -87,7 +87,7 @@ def test_replies_take_turns_token_by_token(engine):
 
 
 def eventually_asked(engine, count):
-    """Let other threads submit, which need the lock held here, until there are `count` tasks."""
+    """Let other threads, which need the lock held here, submit until there are `count` tasks."""
     wait = threading.Condition(engine._worker.lock)
     for _ in range(10_000):
         if sum(len(queue.tasks) for queue in engine._worker.queues) == count:
@@ -124,7 +124,7 @@ def test_a_reply_in_asyncio_is_the_same_and_does_not_block_the_loop(letters, eng
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_closing_a_reply_stops_it_within_a_token(engine, shared):
-    """Or three, if it shares steps: two pieces may wait, and one may be computed."""
+    """It stops within three if it shares steps: two pieces may wait, one may be in progress."""
     chat = engine.session(sampling=GREEDY, window=200, shared=shared)
     pieces = chat.reply("Hi", max_tokens=100_000)
     shown = next(pieces).text + next(pieces).text
@@ -342,5 +342,5 @@ def test_cancelling_a_task_stops_its_reply(engine):
 
     asyncio.run(main())
     eventually(lambda: chat.exchanges)
-    # Two pieces may wait for the caller, and one may be computed.
+    # Two pieces may wait for the caller, and one may be in progress.
     assert len(chat.exchanges[0].reply_ids) <= len(shown) + 3

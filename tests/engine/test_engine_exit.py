@@ -105,7 +105,7 @@ IN_A_FORK = {
 @pytest.mark.parametrize("begun", IN_A_FORK)
 def test_calls_begun_before_a_fork_are_refused_after_it(letters, tmp_path, begun):
     begin, wait = IN_A_FORK[begun]
-    seconds = 0 if begun in ("reply", "a session") else 2  # so that the rest is not done before
+    seconds = 0 if begun in ("reply", "a session") else 2  # so that it is not done before the fork
     program = (
         "import time, warnings; warnings.simplefilter('ignore')\n"
         "from mlx_stream.engine.model_host import ModelHost; load = ModelHost.load\n"

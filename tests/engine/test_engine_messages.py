@@ -1,4 +1,4 @@
-"""Messages, histories, forks and progress through an engine's handles: as without threads."""
+"""Messages, histories, forks and progress work through an engine's handles as without threads."""
 
 import asyncio
 import threading
@@ -126,14 +126,14 @@ def test_tools_reach_the_head(tmp_path):
 
 
 def test_a_reply_begins_at_once_and_changes_the_conversation_before_it(letters, engine):
-    """Turns are taken back, evicted and read as text; the items tell what is read."""
+    """Turns are taken back, evicted and read as text; the items say what is read."""
     chat, slow = engine.session(shared=False, **OPTIONS), plain(letters, history=())
     for question in ("Hi", "And?", "More?"):
         assert said(chat.reply(question)) == said(slow.reply(question))
     ends: list[ReplyEnd | None] = []
     plan = ReplyPlan("Next?", back=1, keep=1, history=HISTORY[:2], on_end=ends.append)
     reader = chat.begin(plan, progress=lambda done, total: None)
-    eventually(lambda: reader._task.items)  # nothing was taken yet
+    eventually(lambda: reader._task.items)  # nothing has been taken yet
     items: Any = [*iter(reader.take, None)]
     slow.undo()
     slow.clear(2)

@@ -1,4 +1,4 @@
-"""Fed text has the ids of the whole, however it is cut; only templates give special tokens."""
+"""Fed text has the ids of the whole, however it is cut; only templates produce special tokens."""
 
 import pydoc_data.topics
 from itertools import pairwise

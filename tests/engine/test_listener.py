@@ -36,7 +36,7 @@ def hearing(listener):
 
 
 def attended(listener):
-    """Return the text attended; only while nothing is read."""
+    """Return the attended text; call this only while nothing is being read."""
     heard = hearing(listener)
     ids = heard.tokens.ids.attended()
     return heard.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
@@ -139,7 +139,7 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     ids=lambda fails: fails[1],
 )
 def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, fails):
-    """It fails as on a device that cannot compute, or has no memory left."""
+    """It fails as it would on a device that cannot compute, or has no memory left."""
     listener = engine.listen(window=500, sampling=GREEDY)
     listener.feed(TEXT[:200])
     listener.flush(DEADLINE)

@@ -17,7 +17,7 @@ SYSTEM = "You are as brief as you can be, and you never explain. " * 8
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> Any:
-    """A model whose keys and values can be quantized."""
+    """Return a model whose keys and values can be quantized."""
     folder = tmp_path_factory.mktemp("prefixes") / "wide"
     return write_letters(folder, tiny_config(head_dim=64, max_position_embeddings=2_000))
 

@@ -1,4 +1,4 @@
-"""What an app developer meets: reprs of one line, and replies that never end in silence."""
+"""What an app developer sees: one-line reprs, and replies that never end silently."""
 
 import asyncio
 import re

@@ -95,7 +95,7 @@ def test_rows_are_divided_among_prompts(prompts, rows):
     divide(rows, requests)
     chunks, most = [r.chunk for r in requests], [min(128, len(r.ids)) for r in requests]
     assert all(1 <= chunk <= limit for chunk, limit in zip(chunks, most, strict=True))
-    assert sum(chunks) <= rows + len(requests)  # each has one row at least
+    assert sum(chunks) <= rows + len(requests)  # each has at least one row
     for settling in (False, True):
         same = [r.chunk for r in requests if r.settling is settling]
         cut = [

@@ -46,7 +46,7 @@ def steps_of(engine: mlx_stream.Engine) -> Iterator[list[Any]]:
 
 
 def at_once(*replies: Any) -> list[str]:
-    """Read replies on threads of their own, and return them."""
+    """Read each reply on its own thread, and return them all."""
     found: dict[int, str] = {}
 
     def read(at: int) -> None:

@@ -1,4 +1,4 @@
-"""Wrong types are refused where they are given, in the words of the parameter."""
+"""Wrong types are refused where they are given; the error names the parameter."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature

@@ -1,4 +1,4 @@
-"""Charts show the figures of the rows, keep their axes honest, and refuse a report without them."""
+"""Charts show the rows' figures, keep their axes honest, and refuse a report without figures."""
 
 import math
 import subprocess
@@ -75,7 +75,7 @@ def test_a_report_without_a_figure_is_refused(name: str) -> None:
     for key in NEEDED[name].split():
         first, *rows = report.rows
         rows.insert(0, {k: v for k, v in first.items() if k != key})
-        if key != "cache":  # without it the stream is meant
+        if key != "cache":  # a row without it is the stream's
             with pytest.raises(ValueRefused, match=r"^cannot draw"):
                 charts.make_figure(Report(name, report.about, rows))
 

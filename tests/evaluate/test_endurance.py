@@ -34,7 +34,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def endurance(tiny: Path, texts: list[Path], tmp_path: Path) -> Command:
-    """Return a function from a log's name, segments to read and more options to a command."""
+    """Return a function that makes a command from a log's name, segments to read and options."""
 
     def command(log: str, segments: float, *more: object) -> tuple[object, ...]:
         tokens = ("--tokens", int(segments * SEGMENT))

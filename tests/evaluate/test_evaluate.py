@@ -144,7 +144,7 @@ def test_memory_is_of_the_weights_and_one_cache(setting: Setting) -> None:
 
 
 def test_every_cache_of_ours_can_be_read(setting: Setting) -> None:
-    """mlx-lm and llama.cpp need files: the command line's tests read through mlx-lm."""
+    """mlx-lm and llama.cpp need files; the command line's tests cover mlx-lm."""
     names = [name for name in SETTINGS if name not in PEERS]
     settings = {"recompute": {"stride": 8, "sinks": 2}}
     rows = measure_perplexity(

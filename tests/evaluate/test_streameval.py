@@ -21,8 +21,8 @@ from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import load
 from mlx_stream.text.tokenizer import Tokenizer
 
-# A line takes the tiny tokenizer about 45 tokens, a query 60: the line before it is in the window,
-# the third is not.
+# With the tiny tokenizer a line has about 45 tokens and a query 60: the line before a query is in
+# the window, and the third one back is not.
 SINKS, WINDOW = 4, 130
 DATA = texts.make_data(7, 30, (1, 2, 3, 10))
 
@@ -44,7 +44,7 @@ def ids_until(model: Model, after: int) -> list[int]:
 
 
 def plain_stream(model: Model, after: int) -> TokenStream:
-    """Return a stream without spare rows that read up to a line and was asked nothing."""
+    """Return a stream without spare rows that has read up to a line and was asked nothing."""
     stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
     stream.read(ids_until(model, after))
     return stream
@@ -267,7 +267,7 @@ def test_a_written_answer_is_a_whole_word(model: Model, asked: list[EncodedQuery
 
 
 def test_wilsons_interval() -> None:
-    # As R's prop.test(8, 10, correct = FALSE) gives it, and the edges.
+    # As R's prop.test(8, 10, correct = FALSE) gives it; then the extremes.
     assert streams.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert streams.wilson(0, 20) == pytest.approx((0, 0.1611252), abs=1e-6)
     assert streams.wilson(20, 20) == pytest.approx((0.8388748, 1), abs=1e-6)

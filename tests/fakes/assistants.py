@@ -73,7 +73,7 @@ class Running:
     def until(
         self, done: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE
     ) -> dict[str, Any]:
-        """Wait until its status is as wanted and stays so for a second; return the status."""
+        """Wait until its status is the wanted one and stays so for a second; return the status."""
         end, status, since, last = time.monotonic() + seconds, {}, 0.0, None
         while time.monotonic() < end:
             assert self.process.poll() is None, f"it has ended: {self.said}"
@@ -137,7 +137,7 @@ class Watch:
                 # Look again at the last chunks, so that a number used twice would show.
                 query = "SELECT number, source, head, text FROM chunks WHERE number >= ?"
                 rows = connection.execute(query, (last,)).fetchall()
-            except sqlite3.OperationalError:  # the file is being made
+            except sqlite3.OperationalError:  # the file is being created
                 return
         for number, source, head, text in rows:
             assert self.chunks.get(number, (source, head, text)) == (source, head, text)

@@ -21,7 +21,7 @@ class Client:
     """One client of a server.
 
     Args:
-        options: of each request.
+        options: the options of each request.
 
     Attributes:
         messages: what it sends, without the next question.
@@ -44,7 +44,7 @@ class Client:
         return self.reply
 
     def ask(self, *question: str | Message, **options: Any) -> LineReply:
-        """Send the history and a question, and take the reply into the history."""
+        """Send the history and a question, and add the reply to the history."""
         reply = self.begin(*question, **options)
         self.pieces = [*reply]
         thinking = "".join(piece.thinking for piece in self.pieces)
@@ -66,7 +66,7 @@ class Client:
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """The questions and replies of its history, of one message each."""
+        """The questions and replies of its history, each of one message."""
         rest = [message.text for message in self.messages if message.role != "system"]
         return [*zip(rest[::2], rest[1::2], strict=True)]
 
@@ -78,7 +78,7 @@ class Client:
 
 
 def chat_of(lines: Lines, number: int) -> ChatSession:
-    """Return a line's conversation once nothing is computed."""
+    """Return a line's conversation once nothing is being computed."""
     eventually(lambda: not lines.engine._worker.busy())
     (line,) = (line for line in lines._lines if line.id == number)
     chat = line.session._session_worker.chat

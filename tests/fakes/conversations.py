@@ -27,7 +27,7 @@ def pieces_of(chat: Any, act: str, question: str) -> Any:
 
 
 def leave_unanswered(saved: SavedSession, question: str) -> None:
-    """Leave a question and its session as a program does that is killed during the reply."""
+    """Leave a question and its session as a program killed during the reply does."""
     pieces = saved.chat.reply(question)
     next(pieces)
     saved.chat.recorder = None
@@ -38,15 +38,15 @@ def leave_unanswered(saved: SavedSession, question: str) -> None:
 def assert_well_formed(chat: ChatSession) -> None:
     """Check that a stream holds what the template renders, and no more than its window.
 
-    What is attended, with what is read before the next question, is the text of the pinned
-    beginning and of the attended exchanges once that question is added. Of a turn longer than the
-    window, or one that leaves by tokens, only the end is attended.
+    The tokens attended, and those to be read before the next question, must be the text of the
+    pinned beginning and of the attended exchanges as rendered once that question is added. Of a
+    turn longer than the window, or one evicted token by token, only the end is attended.
     """
     turns, cache, pinned = chat._settle(), chat.cache, [*chat.prompts.pinned]
     attended, sinks = chat.tokens.ids.attended(), cache.geometry.sinks
     assert cache.attended <= sinks + cache.geometry.window and len(pinned) <= sinks
     unread = unread_ids(pinned, turns, chat.tokens.length)
-    # Sinks beyond the pinned ids stay after their turn was evicted.
+    # Sinks beyond the pinned ids stay after their turn is evicted.
     first = attended[: sinks if turns and turns[0].start < sinks else min(sinks, len(pinned))]
     ids = [*first, *attended[sinks:], *unread]
     assert ids[: len(pinned)] == pinned[: len(ids)]

@@ -1,12 +1,12 @@
-"""Makes MLX fail where it computes a step: a weight is read from a file that was cut.
+"""Makes MLX fail while it computes a step: a weight is read from a truncated file.
 
 As with a device that fails, MLX reports this once. The weight then counts as evaluated and holds
 what was in the file: wrong numbers.
 
     python -m tests.fakes.failing FILE ...
 
-runs the assistant with the words that follow, and fails one step of its reading whenever FILE is
-there, which it removes.
+runs the assistant with the words that follow. Whenever FILE exists, it removes FILE and makes one
+step of reading fail.
 """
 
 import os

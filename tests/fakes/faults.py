@@ -16,7 +16,7 @@ CALLS = (
 
 @contextmanager
 def fault(point: int, act: Callable[[], Any]) -> Iterator[list[str]]:
-    """Call `act` in place of call number `point`; yields the names of the calls that were made."""
+    """Call `act` in place of call number `point`; yield the names of the calls that were made."""
     seen: list[str] = []
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

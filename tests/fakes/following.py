@@ -17,7 +17,7 @@ class Clock:
 
 
 class Reading:
-    """A followed file, what was taken of it, and what was said; it can begin anew as killed."""
+    """A followed file, what was read from it, and its notices; it can restart as after a kill."""
 
     def __init__(self, path: Path, from_end: bool = False, excluded: Path | None = None):
         self.path, self.clock = path, Clock()
@@ -36,7 +36,7 @@ class Reading:
         self.begin()
 
     def poll(self) -> bytes:
-        """Poll until nothing comes, at one moment; return what came."""
+        """Poll until nothing comes, without advancing the clock; return what came."""
         found = b""
         while arrival := self.source.poll():
             found += arrival.data

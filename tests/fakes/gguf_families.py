@@ -1,6 +1,6 @@
 """GGUF files of a tiny model of every family, as llama.cpp's converter writes them.
 
-Names and keys go through the `gguf` package, so that nothing here is ours but the choice of keys.
+Names and keys go through the `gguf` package, so only the choice of keys is made here.
 """
 
 import json
@@ -16,8 +16,8 @@ from tests.fakes.tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 
 ARCHITECTURES = {"mistral": "mistral3", "ministral3": "mistral3"}
 INTERLEAVED = ("llama", "mistral3", "smollm3")
-# Of types that the package cannot write: the root mean square of random blocks with d = 1, where m
-# is so many times d.
+# For types that the package cannot write: the root mean square of random blocks with d = 1, and m
+# as a multiple of d.
 RANDOM = {"Q2_K": (16.0, 1.5), "Q3_K": (43.0, 0.0), "Q4_K": (240.0, 7.5)}
 RANDOM |= {"Q5_K": (490.0, 15.5), "Q6_K": (1370.0, 0.0)}
 # Where d and m stand in a block.
@@ -27,7 +27,7 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_atten
 
 
 def encode(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return the bytes of a matrix; of a type that is not written here, random ones like it."""
+    """Return the bytes of a matrix; for a type in `RANDOM`, random blocks of the same scale."""
     number = gguf.GGMLQuantizationType[kind]
     if kind not in RANDOM:
         return gguf.quants.quantize(values, number)

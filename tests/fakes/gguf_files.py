@@ -66,7 +66,7 @@ KEYS: dict[str, Any] = {
     "tokenizer.chat_template": TEMPLATE,
 }
 
-# A SentencePiece vocabulary, whose scores are in another order than its pieces.
+# A SentencePiece vocabulary whose scores are in a different order from its pieces.
 SCORED = {"e": 0, "t": 0, "h": 0, "▁": 0, "th": -3, "▁the": -5, "the": -4, "he": -1, "▁t": -2}
 SCORED |= {"▁▁": -9, "▁▁▁": -10}
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<tool>", *SCORED]
@@ -82,7 +82,7 @@ SENTENCEPIECE: dict[str, Any] = {
 
 
 def permute(weights: np.ndarray, n_head: int) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, `LlamaModel.permute`."""
+    """Permute rows as `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py does."""
     return (
         weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:])
         .swapaxes(1, 2)
@@ -91,7 +91,7 @@ def permute(weights: np.ndarray, n_head: int) -> np.ndarray:
 
 
 def llama3_factors(factor: float, low: float = 1.0) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, `LlamaModel.generate_extra_tensors`."""
+    """Follow `LlamaModel.generate_extra_tensors` in llama.cpp's convert_hf_to_gguf.py."""
     factors = []
     for frequency in 50_000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM):
         wavelength = 2 * np.pi / frequency
@@ -117,8 +117,8 @@ def write_tiny(
 ) -> dict[str, np.ndarray]:
     """Write a random Llama and return what its weights are in float32, by Hugging Face name.
 
-    `keys` and `tensors` are put over the defaults (None leaves one out); `kinds` gives single
-    matrices, by GGUF name, another type than `kind`.
+    `keys` and `tensors` override the defaults (None leaves one out); `kinds` gives single
+    matrices, by GGUF name, a type other than `kind`.
     """
     random = np.random.default_rng(3)
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
@@ -174,7 +174,7 @@ def array(kind: int, count: int, payload: bytes = b"") -> bytes:
 
 
 def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
-    """One entry of the table of tensors; `shape` is in GGUF's order."""
+    """Return one entry of the table of tensors; `shape` is in GGUF's order."""
     dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
     return text(name) + dimensions + struct.pack("<IQ", kind, offset)
 
@@ -187,7 +187,7 @@ def forged(
     key_count: int | None = None,
     tensor_count: int | None = None,
 ) -> bytes:
-    """A file of these entries, whatever they say; the counts may be false."""
+    """Return a file of these entries, whatever they say; the counts may be false."""
     counts = (
         len(tensors) if tensor_count is None else tensor_count,
         len(keys) if key_count is None else key_count,

@@ -1,8 +1,8 @@
 """A scripted chat that is killed, and the checks afterwards: shared by a test and a script.
 
-What is killed talks in a `ChatSession`: it asks, retries, edits, undoes, clears and cuts replies,
-and writes a snapshot after every turn, and where it is into a file of a few bytes, which outlives
-it. (tests/cli/test_chat_terminal.py kills the program.)
+The process that is killed talks in a `ChatSession`: it asks, retries, edits, undoes, clears and
+cuts replies. It writes a snapshot after every turn, and records its phase in a file of a few bytes,
+which outlives it. (tests/cli/test_chat_terminal.py kills the program.)
 """
 
 import json
@@ -103,7 +103,7 @@ class Marks:
 
 
 def prepare(marks: Marks) -> None:
-    """Write a snapshot after every turn, and say where this process is."""
+    """Write a snapshot after every turn, and mark the phase that this process is in."""
     saving.SECONDS_BETWEEN_SNAPSHOTS = -1
     marks.mark(snapshot, "save_snapshot", "snapshot")
     marks.mark(Store, "write", "commit")
@@ -309,7 +309,7 @@ def left_over(home: Path, name: str) -> list[str]:
 
 
 def turns_of(turns: list[StoredTurn]) -> list[Turn]:
-    """Return what was stored; what closes a turn depends on what is attended before it."""
+    """Return what was stored, except what closes a turn, as that depends on what is attended."""
     assert [turn.number for turn in turns] == [*range(1, len(turns) + 1)]
     return [(turn.state, turn.exchange.question, known(turn.exchange)) for turn in turns]
 
@@ -319,7 +319,7 @@ def known(exchange: Exchange) -> Exchange:
 
 
 def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
-    """Return what a transcript may hold after a line of a process; the certain contents first."""
+    """Return what a transcript may hold after a process printed a line; certain contents first."""
     if "did" in told:
         if told["did"] in ("undo", "clear"):
             return [said[: told["number"]]]
@@ -369,7 +369,7 @@ def check_attended(chat: ChatSession, said: list[Turn]) -> None:
 
 
 def main() -> None:
-    """Be the process that is killed: FOLDER NAME SEED MARKS."""
+    """Run the process that is killed, with the arguments FOLDER NAME SEED MARKS."""
     folder, name, seed, marks = sys.argv[1:]
     prepare(Marks(Path(marks)))
     talk(Path(folder), name, int(seed))

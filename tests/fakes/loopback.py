@@ -32,9 +32,9 @@ class Hub:
         repos: folders by name; all their files are listed, safetensors as large ones (LFS).
         asked: the paths of requests; `ranges` those of them that asked for a part, with its start.
         errors: status and error code by name of a model, or of a file.
-        listed: changes of a file's entry in listings, by its name, to make it false.
-        sent: what becomes of a file's content on its way, by its name: (content, start) to bytes,
-            of which fewer than there should be end the connection.
+        listed: changes to a file's entry in listings, by its name, to make it false.
+        sent: by a file's name, a function from (content, start) to the bytes that are sent instead;
+            if they are too few, the connection ends early.
         commit: the commit of every branch.
     """
 
@@ -143,7 +143,7 @@ def model_fixture(tmp_path: Path) -> Path:
 
 @pytest.fixture(name="home")
 def home_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Turn caches, indices and Hub to `tmp_path` or a closed port; return the package's cache."""
+    """Point caches, indices and Hub to `tmp_path` or a closed port; return the package's cache."""
     for name in [name for name in os.environ if name.startswith(("HF_", "PIP_"))]:
         monkeypatch.delenv(name)
     for name in ("HOME", "MLX_STREAM_HOME", "HF_HOME"):

@@ -47,7 +47,7 @@ def awq(weight: np.ndarray, group: int) -> tuple[Arrays, np.ndarray]:
 
 
 def gptq(weight: np.ndarray, group: int, bits: int = 4, less: int = 1) -> tuple[Arrays, np.ndarray]:
-    """As GPTQ's first format: zeros are stored less 1 (`less`), in a nibble."""
+    """Quantize in GPTQ's first format: zeros are stored minus 1 (`less`), in a nibble."""
     codes, scales, zeros, values = integers(weight, bits, group)
     tensors = {
         "qweight": np.ascontiguousarray(pack(codes, bits).T),

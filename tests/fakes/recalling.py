@@ -8,7 +8,7 @@ from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.quote import Passage
 
-# In each language facts, and a question about each in other words.
+# In each language: facts, each with a question about it in other words.
 FACTS = {
     "zh": (
         ("我的狗叫小白，今年三岁。", "我的狗叫什么名字？"),

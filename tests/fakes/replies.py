@@ -19,7 +19,7 @@ FIRST = 0x4E00  # no id decodes to a character below this
 
 
 class Eager(DraftLengthController):
-    """A controller that has every guess verified."""
+    """A controller that chooses to verify every guess."""
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
         return len(chances)
@@ -74,5 +74,5 @@ def writer_of(
 
 
 def write(reply: Coroutine[Piece, Piece]) -> Generator[Piece, None, None]:
-    """Drive a reply; yield its pieces, the last one too."""
+    """Drive a reply; yield its pieces, including the last."""
     yield (yield from drive(reply))

@@ -92,7 +92,7 @@ class Shape:
         ]
 
     def frequencies(self, layer: int) -> tuple[np.ndarray, float]:
-        """Return a layer's frequencies, and its factor if the cache applies it: on whole heads."""
+        """Return a layer's frequencies and the cache's factor: 1 unless whole heads rotate."""
         part = self.part(layer)
         if part == 0:
             return np.zeros(0), 1.0
@@ -222,7 +222,7 @@ class Twins:
         return np.split(heads, [queries, queries + self.shape.kv_heads])
 
     def contents(self) -> list:
-        """The contents of the cache's state; reading them erases everything else in both twins."""
+        """Return the contents of the cache's state; this erases everything else in both twins."""
         for slow in self.slow:
             slow.erase()
         return contents(self.cache)

@@ -6,7 +6,7 @@ import sys
 import pexpect
 
 WHERE_IS_THE_CURSOR = "\x1b[6n"
-PROMPT = ">"  # some versions of prompt_toolkit step over the space behind it instead of writing it
+PROMPT = ">"  # some versions of prompt_toolkit skip the space after it instead of writing it
 UP, TAB, ENTER, ALT_ENTER, CTRL_C, CTRL_D, CTRL_J = "\x1b[A", "\t", "\r", "\x1b\r", "\3", "\4", "\n"
 PASTE = "\x1b[200~{}\x1b[201~"
 

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Changes of `tiny_config`: two ways to set the frequencies, and the other architecture.
+# Changes to `tiny_config`: two ways to set the frequencies, and the other architecture.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -209,7 +209,7 @@ def write_model(folder: Path, **changes: Any) -> Path:
 
 
 def write_letters(folder: Path, config: dict) -> Path:
-    """Write a model that, when greedy, writes letters for ever and nothing else; return it."""
+    """Write a model that, when greedy, writes letters forever and nothing else; return it."""
     config = {key: value for key, value in config.items() if key != "eos_token_id"}
     weights = tiny_weights(config)
     head = weights["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""Tiny models built of tensors in memory, without a tokenizer, and the logits they give."""
+"""Tiny models built from tensors in memory, without a tokenizer, and the logits they give."""
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ def make(
     dtype: mx.Dtype = mx.float32,
     keep_quantized: bool = False,
 ) -> Model:
-    """Build a model of tensors, without a tokenizer; the tensors are used up."""
+    """Build a model from tensors, without a tokenizer; the tensors are used up."""
     model = build_model("tiny", raw, tensors, dtype, keep_quantized)
     assert not tensors, "the caller's handles are dropped"
     return model

@@ -43,7 +43,7 @@ TAGGED = (
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As gpt-oss: calls are rendered otherwise than the model writes them, and close otherwise.
+# As gpt-oss: calls are not rendered as the model writes them, and they end differently.
 HARMONY = (
     "{% set ns = namespace(name='') %}<|start|>developer<|message|>"
     "{{ messages[0].content if messages[0].role == 'system' }}{{ tools | tojson if tools }}<|end|>"
@@ -63,7 +63,7 @@ HARMONY = (
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# As Llama 3.1: one call at a time, results as JSON, and the tools where it is told.
+# As Llama 3.1: one call at a time, results as JSON, and the tools where an option says.
 LLAMA = (
     "{% if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif %}"
     "{% macro head(role) %}<|start_header_id|>{{ role }}<|end_header_id|>\n\n{% endmacro %}"
@@ -126,7 +126,7 @@ class ToolModel:
         thinking, thought: texts around its thinking, if it thinks.
         answer: what the model writes before an answer.
         calls: writes calls of a name and arguments.
-        ends: what ends a reply with calls, and another.
+        ends: what ends a reply with calls, and one without.
         most: the most calls in a reply.
     """
 

@@ -26,7 +26,7 @@ def read_ids(
 
     Args:
         then: a last question, read too.
-        unread: the end of each reply, read as text behind its ids: where a stop string began
+        unread: the end of each reply, read as text after its ids: where a stop string began
             inside an id.
     """
     turns = PromptBuilder(tokenizer, template, system, pin=True)

@@ -69,7 +69,7 @@ KEYS = (
 
 
 def write_originals(folder: Path) -> list[Path]:
-    """Write one sound model of each layout; return their paths."""
+    """Write one valid model of each layout; return their paths."""
     config = tiny_config(**SMALL)
     weights = tiny_weights(config)
     mistral = tiny_config(**SMALL, model_type="mistral")
@@ -283,6 +283,6 @@ def gguf_header(path: Path, draw: random.Random) -> str:
     }
     try:
         gguf_files.write_tiny(path, draw.choice(("Q4_0", "Q5_1", "BF16")), keys, architecture=name)
-    except (ValueError, TypeError, struct.error, OverflowError) as error:  # no such file can be
+    except (ValueError, TypeError, struct.error, OverflowError) as error:  # it cannot be written
         path.write_bytes(b"GGUF" + str(error).encode())
     return f"keys {str(keys)[-100:]}"

@@ -55,7 +55,7 @@ def read_truly(path: Path) -> None:
 
 
 def convert_and_load(path: Path) -> None:
-    """Convert a model, which must be complete or leave nothing, and load the result."""
+    """Convert a model and load the result; a conversion must be complete or leave nothing."""
     out = path.parent / "out" / "converted"
     shutil.rmtree(out.parent, ignore_errors=True)
     recipe = uniform_recipe(4, 32) if path.stem.endswith("q") else None
@@ -90,7 +90,7 @@ def prepare(place: Path) -> None:
 
 
 def start(place: Path) -> driver.Judge:
-    results = place / "originals" / "out"  # of a worker before this one too
+    results = place / "originals" / "out"  # also those of an earlier worker
     shutil.rmtree(results, ignore_errors=True)
     originals = sorted((place / "originals").iterdir())
     for original in originals:

@@ -1,13 +1,13 @@
-"""Opens hostile files by number, in a process that may crash, hang or grow; independent of files.
+"""Opens hostile files by number, in a process that may crash, hang or grow; independent of formats.
 
     python -m tests.fuzz.checkpoints --count 3000 --seed 1
     python -m tests.fuzz.sessions --count 1000 --seed 1
 
-What is fuzzed is a module of this folder. It has SECONDS of processor time and bytes of GROWTH
-allowed for one file; `prepare(place)` writes what is altered; `start(place)` returns a function
-from random numbers to what it has altered and a function that opens it, which returns an outcome
-and a line. Whatever else happens is a BUG. Exit status 1 if there was one, with the number that
-makes the file again.
+A module of this folder says what is fuzzed. It sets the SECONDS of processor time and the bytes of
+GROWTH allowed for one file. Its `prepare(place)` writes what is altered. Its `start(place)` returns
+a function that takes random numbers, and returns what it has altered and a function that opens the
+file and returns an outcome and a line. Anything else is a BUG. The exit status is 1 if there was
+one, and the number that makes the file again is printed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Judge = Callable[[random.Random], tuple[str, Open]]
 
 
 def work(name: str, place: Path) -> None:
-    """Answer each seed on standard input with one line of JSON, for ever."""
+    """Answer each seed on standard input with one line of JSON, forever."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
     judge = importlib.import_module(f"tests.fuzz.{name}").start(place)
@@ -58,7 +58,7 @@ def work(name: str, place: Path) -> None:
 
 
 def memory(key: str) -> int:
-    """Return one figure of this process in bytes; elsewhere than on Linux its largest size."""
+    """Return one figure of this process in bytes; on systems other than Linux, its largest size."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Alters a file at random, whatever it is: its bytes, what is in its place, a header of tensors.
+"""Alters any file at random: its bytes, its header of tensors, or what is in its place.
 
 An alteration takes a path and random numbers. Numbers that no file should have are here too.
 """
@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """List every (container, key) of a JSON value, at most some thousands."""
+    """List every (container, key) of a JSON value, at most a few thousand."""
     found: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting and len(found) < 5_000:

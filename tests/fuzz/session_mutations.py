@@ -29,7 +29,7 @@ NUMBERS = ("length", "floor", "clock", "sinks_at")
 
 
 def another(path: Path, luck: Random) -> None:
-    """Put a file there of another session or model, or an older one of this session."""
+    """Replace a file with one of another session or model, or an older one of this session."""
     beside = sorted(path.parent.parent.parent.glob(f"others/*{path.suffix}"))
     shutil.copy(luck.choice(beside), path)
 
@@ -91,7 +91,7 @@ def forge_arrays(path: Path, luck: Random) -> None:
 
 
 def forge_header(path: Path, luck: Random) -> None:
-    """Change what a snapshot's header says: of the stream, of the turns, of empty arrays."""
+    """Change what a snapshot's header says about the stream, the turns or empty arrays."""
 
     def change(header: dict[str, Any], arrays: dict[str, mx.array]) -> str:
         if luck.random() < 0.1:

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.sessions --count 1000 --seed 1
 
-Each is refused in one line, or read again with a notice, or exactly what was saved. Where checksums
-were forged too, what is attended is still what the transcript says was said.
+Each altered session is refused in one line, read again with a notice, or exactly what was saved.
+Even if checksums were forged too, what is attended is what the transcript says was said.
 """
 
 import gc

@@ -1,9 +1,9 @@
-"""Odd files, notes and pipes: all that can be read is read once, in order, but not its own notes.
+"""Odd files, notes and pipes: all that can be read is read once, in order, but never the diary.
 
     python -m tests.fuzz.sources --count 1000 --seed 1
 
 A followed file is written in several encodings, rotated, emptied under its writer, saved by an
-editor and moved to another disk, while its reader is killed. No model reads along.
+editor and moved to another disk, while its reader is killed. No model is involved.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.fakes.following import Reading, add, rotate
 from tests.fuzz import driver
 
 SECONDS = 30.0
-GROWTH = 160 << 20  # of a line of 10 MB the generator has several copies
+GROWTH = 160 << 20  # the generator has several copies of a line of 10 MB
 STEPS = 60
 ROOMS = (1, 5_000, 2**20)
 ODD = (
@@ -40,7 +40,7 @@ ODD = (
 
 
 class Broken(AssertionError):
-    """Something was lost, read twice, or read though it should not be."""
+    """Something was lost, read twice, or read although it should not have been."""
 
 
 def line(luck: Random, number: int, long: bool) -> bytes:
@@ -54,7 +54,7 @@ def line(luck: Random, number: int, long: bool) -> bytes:
 
 
 def check(taken: bytes, written: bytes) -> None:
-    """See that all was read, apart from zero bytes, which are no text."""
+    """Check that everything was read, except zero bytes, which are not text."""
     found, wanted = taken.replace(b"\0", b""), written.replace(b"\0", b"")
     if found != wanted:
         at = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), -1)
@@ -80,7 +80,7 @@ class FollowedFile:
     def add(self) -> None:
         for _ in range(self.luck.randint(1, 6)):
             head = self.path.read_bytes()[:4_096] if self.path.exists() else b""
-            # A file of which the beginning is odd is refused.
+            # A file with an odd beginning is refused.
             self.write(line(self.luck, self.number, len(head) == 4_096 and b"\0" not in head))
             self.number += 1
 
@@ -97,7 +97,7 @@ class FollowedFile:
 
     def half(self) -> None:
         whole = line(self.luck, self.number, False)
-        self.write(whole[: self.luck.randint(1, 20)])  # not of a character: it may stay half
+        self.write(whole[: self.luck.randint(1, 20)])  # cut between characters: it may stay cut
         self.number += 1
 
     def opens_anew(self) -> None:
@@ -129,7 +129,7 @@ class FollowedFile:
         self.add()
 
     def save(self) -> None:
-        """Save it as editors do: another file of the same text, and more."""
+        """Save it as editors do: as a new file with the same text, and more."""
         new = self.path.with_name("new")
         shutil.copyfile(self.path, new)
         if self.luck.random() < 0.5:
@@ -141,7 +141,7 @@ class FollowedFile:
         self.add()
 
     def make_room(self) -> None:
-        """Make it longer, with zeros, which later text comes behind or into."""
+        """Extend it with zeros; later text follows or overwrites them."""
         os.truncate(self.path, self.path.stat().st_size + self.luck.choice(ROOMS))
 
     def restart(self) -> None:
@@ -167,7 +167,7 @@ class FollowedFile:
             if self.path.exists() or what in (self.add, self.restart, self.poll, self.wait):
                 self.done.append(what.__name__)
                 rare = what in (self.empty, self.empty_without_copy, self.save)
-                # Two of them between two looks leave text that nothing shows to be new.
+                # After two of these between two polls, nothing would show that the text is new.
                 self.reading.wait(40 * rare)
                 what()
                 self.reading.wait(40 * rare)

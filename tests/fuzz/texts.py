@@ -6,7 +6,7 @@ from typing import Any
 
 
 def grown(step: str, out: str = "ns.x | length", first: str = "1", times: int = 60) -> str:
-    """Return a template that makes more of a value, again and again, and then writes `out`."""
+    """Return a template that enlarges a value again and again, and then writes `out`."""
     return (
         f"{{% set ns = namespace(x={first}) %}}{{% for i in range({times}) %}}"
         f"{{% set ns.x = {step} %}}{{% endfor %}}{{{{ {out} }}}}"
@@ -142,7 +142,7 @@ PARTS = (
 
 
 def some_template(draw: random.Random) -> str:
-    """Return a template of random parts in loops, of which some multiply what they have."""
+    """Return a template of random parts in loops; some of the parts multiply what they have."""
     parts = ["{% set ns = namespace(x='ab') %}{% set x = 'a' %}"]
     depth = draw.randint(1, 4)
     parts += [f"{{% for m in range({draw.choice((2, 99, 99999))}) %}}" for _ in range(depth - 1)]

@@ -1,4 +1,4 @@
-"""A model in a forked process, where MLX has no threads: refused at once, where it would hang."""
+"""A model in a forked process, where MLX has no threads, is refused at once instead of hanging."""
 
 import subprocess
 import sys

@@ -159,7 +159,7 @@ def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, monkeypatch, 
         assert whole.startswith(letters_of(reply.ids)), count
         held, wanted = stream.ids.since(0), [*prompt, *reply.ids]
         common = common_prefix(held, wanted)
-        # What is beyond: guesses of the last step, or one chosen and read that was not said yet.
+        # Beyond that are guesses of the last step, or an id chosen and read, but not said yet.
         assert len(held) - common <= stream.cache.max_verify
         assert common >= min(len(held), len(wanted) - 1), "what was said is there, but the last"
         stream.rewind(len(held) - common)
@@ -243,7 +243,7 @@ def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monke
 
 
 def test_padding_never_reaches_real_rows(tiny_model):
-    """Not even if the embedding has an unused row of NaN."""
+    """This holds even if the embedding has an unused row of NaN."""
     model = tiny_model(tie_word_embeddings=False)
     weight = model.network.embed_tokens.weight
     weight[0] = float("nan")

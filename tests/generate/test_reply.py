@@ -100,7 +100,7 @@ def test_room_is_made_for_each_token_before_it_is_read(tiny_model, guesses):
     steps = 0
     for item in items:
         steps += isinstance(item, ReadRequest)
-        # Before the piece is given: what leaves has left when it is shown.
+        # Room is made before the piece is given: what leaves has left when the piece is shown.
         expected = steps + (not isinstance(item, ReadRequest) and not writer.tokens.lookahead)
         assert len(made) == expected - (item.finish is not None if isinstance(item, Piece) else 0)
     assert {count for count, _ in made} == {1} and len(made) == steps

@@ -156,7 +156,7 @@ def test_unattended_rows_are_zero_in_a_state(tiny_model, bits, way):
         lambda: cache.evict(4),
         lambda: stream.read([*itertools.islice(ids, 30)]),
         lambda: stream.rewind(5),
-        lambda: stream.next(7, Sampler(Sampling(0.0))),  # another is built ahead
+        lambda: stream.next(7, Sampler(Sampling(0.0))),  # another step is built ahead
         lambda: cache.evict(3),
         lambda: stream.rewind(2),
     ):
@@ -235,7 +235,7 @@ def fail(*_: Any) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("want", Want)
 def test_a_step_that_fails_lets_go_of_the_rows(tiny_model, want, count, monkeypatch):
-    """As tests/long/failures.py, where MLX itself fails."""
+    """In tests/long/failures.py, MLX itself fails."""
     monkeypatch.setenv(backend.COMPILE, "0")
     model = tiny_model()
     stream, greedy = pair(model)[0], Sampler(Sampling(0.0))

@@ -56,7 +56,7 @@ def lacks_a_shard(served: Hub) -> None:
 
 ZEROS = "0" * 64
 NOTHING: set[str] = set()
-# A change of the Hub, the text of the refusal, and the files that were fetched at most.
+# A change to the Hub, the text of the refusal, and the only files that may be fetched.
 REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (answers(REPO, 403, "GatedRepo"), "accept its terms", NOTHING),
     (answers(REPO, 404, "RepoNotFound"), "no such model", NOTHING),

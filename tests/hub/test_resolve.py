@@ -144,7 +144,7 @@ def test_the_environment_variables_of_the_hub_are_obeyed(served, tmp_path):
 
 
 def store_copy(model: Path, links: bool = False) -> Path:
-    """Put a model into the cache as a copying tool leaves it: without a listing; return where."""
+    """Put a model into the cache as a copying tool does, without a listing; return its folder."""
     storage = storage_of(REPO)
     folder = storage / "snapshots" / COMMIT
     shutil.copytree(model, folder)
@@ -244,7 +244,7 @@ def test_models_in_the_caches_are_listed(model, tmp_path, home, served):
     found = resolve(REPO, silent)
     served.repos["org/other"] = write_tiny(tmp_path / "other", CONFIG, WEIGHTS)
     other = resolve("org/other", silent) / "config.json"
-    other.unlink()  # as another program may have it
+    other.unlink()  # as another program may leave it
     other.write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
     write_tiny(starter_folder(), CONFIG, WEIGHTS)
     size = sum(path.stat().st_size for path in model.iterdir())

@@ -236,7 +236,7 @@ class Experiment:
 
 
 def cpu_seconds(clock: Path) -> float:
-    """Return the processor time of a process, in and for it, as Linux counts it."""
+    """Return a process's processor time, in user and kernel mode, as Linux counts it."""
     fields = clock.read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

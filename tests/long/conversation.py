@@ -92,9 +92,9 @@ def check(saved: SavedSession, count: int) -> None:
 
 def look(chat: ChatSession) -> tuple[int, ...]:
     """Return what must not grow, as named in `LOOK`."""
-    # What the last step computed, of one token or of many, is kept until the next one.
+    # What the last step computed, for one token or many, is kept until the next step.
     chat.tokens._computed = []
-    # A random key is half of the pair it was split into, and holds it; one that was read does not.
+    # A split random key keeps the whole pair alive; one that was restored does not.
     chat.sampler.restore(chat.sampler.state())
     mx.eval(chat.sampler.random.key)
     gc.collect()
@@ -145,7 +145,8 @@ def converse(model: Model, turns: int) -> dict:
 def grown(looks: np.ndarray) -> dict:
     """Return the memory after the first quarter of a conversation and at its end.
 
-    By then SQLite's own cache of pages is full, too. Objects: the least of a tenth, or of 4 looks.
+    By then SQLite's own cache of pages is full, too. The count of objects is the minimum over a
+    tenth of the looks, or over 4.
     """
     quarter, tenth = len(looks) // 4, max(4, len(looks) // 10)
     column: dict[str, np.ndarray] = dict(zip(LOOK, looks.T, strict=True))

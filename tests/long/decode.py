@@ -3,8 +3,8 @@
     python -m tests.long.decode [--tokens 100000] [--window 252]
 
 Greedy decoding through `generate`, as a program does it, from a full window on. Each token is timed
-in turn with one of a stream that begins anew at each tenth: how much slower the old one is does not
-depend on what else the machine does. Prints a line of JSON for each tenth; exits with 1 if p50 or
+in turn with one of a stream that starts again at each tenth: their ratio does not depend on what
+else the machine does. Prints a line of JSON for each tenth; exits with 1 if p50 or
 p99, relative to the new streams', changes by more than 10 % from one half to the other, or if the
 relative tokens per second change by more than 5 % from the second tenth to the last.
 (`tests.long.memory` measures memory.) Not collected by pytest.

@@ -54,7 +54,7 @@ QUESTIONS = ("Go on.", "And the man of the house?", "x", "What is it in the end?
 
 @dataclass
 class Life:
-    """What was done in one conversation, and the ids of the replies: a script to play again."""
+    """What was done in one conversation, and the ids of the replies: a script to replay."""
 
     seed: int
     system: str | None = None
@@ -211,7 +211,7 @@ def last_exchange(chat: mlx_stream.ChatSession) -> Exchange | None:
 
 
 def begun(pieces: Any) -> tuple[Any, Any]:
-    """Return a reply and its first piece; one that was refused is over, and asked for anew."""
+    """Return a reply and its first piece; a refused reply is over, and must be requested again."""
     return pieces, next(pieces, None)
 
 
@@ -273,7 +273,7 @@ def look() -> dict[str, int]:
 
 
 def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any]:
-    """Run the engine for some minutes, then check; return what was found."""
+    """Run the engine for `minutes`, then check it; return what was found."""
     engine = engine_of(folder, queue_size=max(2, sessions * 3 // 4))
     engine.wait(PATIENCE)
     weights = engine.memory[0]

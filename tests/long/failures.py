@@ -53,7 +53,7 @@ def same(one, other):
 
 
 def fail(chat, pieces, count):
-    """Take so many pieces of a reply, and fail where the next is computed."""
+    """Take this many pieces of a reply, and fail while the next one is computed."""
     taken = said(islice(pieces, count))
     with failing(chat.model.network), pytest.raises(RuntimeError, match="read from file"):
         said(pieces)

@@ -32,7 +32,7 @@ OBJECT_GROWTH = 200
 
 
 def reachable_bytes(root: object) -> int:
-    """Return the bytes of the Python objects that an object refers to, and of those they do."""
+    """Return the bytes of all Python objects that an object refers to, directly or indirectly."""
     waiting, found, total = [root], {id(root)}, 0
     while waiting:
         each = waiting.pop()
@@ -56,7 +56,7 @@ def look(lines: Lines) -> dict[str, int]:
 
 
 def converse(folder: Path, turns: int) -> dict[str, float]:
-    """Hold a conversation; return what has grown since its first half, but for the record."""
+    """Hold a conversation; return what has grown since its first half, apart from the record."""
     messages, before = [SYSTEM], {"bytes": 0, "objects": 0}
     with engine_of(folder) as engine:
         lines = Lines(engine, window=120)

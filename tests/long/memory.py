@@ -53,7 +53,7 @@ def run(tokens: int, limit: int = CACHE_LIMIT) -> dict[str, int | float | bool]:
 
     started = time.perf_counter()
     read(2 * (SINKS + WINDOW) - 1, 37)
-    read(1, 1)  # a stream holds the hidden states of its last step: here and at the end, of one
+    read(1, 1)  # a stream holds the hidden states of its last step: one token, here and at the end
     active_start = settled()
     # Python and the allocator have seen each kind of step before residence is measured.
     warm_up = min(tokens // 10, 4_000)

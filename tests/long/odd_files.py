@@ -4,7 +4,7 @@
 
 Reads a sparse file and a full one of SIZE MB, lines of 10 MB from a file and a pipe, and a file
 that is rotated, in each of three ways. Prints a line of JSON for each; exits with 1 if a byte was
-lost or read twice, or if memory grew by more than 64 MB. No model reads along. Takes minutes.
+lost or read twice, or if memory grew by more than 64 MB. No model is involved. Takes minutes.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def copy_and_empty(path: Path, turn: int) -> None:
 
 
 def rotated(how: Callable[[Path, int], None], unseen: int) -> Callable[..., tuple[Tally, Tally]]:
-    """Return what reads a file that is rotated, with so many rotations between two looks."""
+    """Return what reads a file that is rotated, with this many rotations between two looks."""
 
     def read(folder: Path, luck: random.Random, rotations: int) -> tuple[Tally, Tally]:
         path, wrote = folder / f"{how.__name__}.log", Tally()

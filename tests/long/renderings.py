@@ -2,12 +2,12 @@
 
     python -m tests.long.renderings TEMPLATE...
 
-Conversations of 1, 2 and 5 turns, with and without a system prompt, with replies that were thought
-about and that were not, with the switch for thinking as it is, on and off, and with tools where
-the template can be given some. Each is rendered by transformers' `apply_chat_template` and by
-`ChatTemplate`; then its ids are those that a stream holds after reading it turn by turn. The
-tokenizer is a byte-level one with the template's special tokens. Prints a line of JSON for each
-template, and the sums; exits 1 if something differs.
+The conversations have 1, 2 and 5 turns: with and without a system prompt, with and without thinking
+before a reply, with the switch for thinking unset, on and off, and with tools where the template
+accepts them. Each is rendered by transformers' `apply_chat_template` and by `ChatTemplate`; then
+its ids are compared with those that a stream holds after reading it turn by turn. The tokenizer is
+a byte-level one with the template's special tokens. Prints a line of JSON for each template, and
+the sums; exits with 1 if something differs.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m tests.long.signals [--moments 100] [--seed 1]
 
 The moments are those of reading, thinking, replying, saving and leaving. Each of SIGHUP, SIGTERM
-and SIGINT comes alone at so many of them, and then with a second signal a little later. After one
+and SIGINT comes alone at that many of them, and then with a second signal a little later. After one
 signal the exit status, the transcript and the stream's state must be right. After two, nothing that
 was on disk may be lost. Prints a line for each moment and one of JSON at the end; exits with 1 at
 the first failure. Takes an hour: not collected by pytest.
@@ -40,7 +40,7 @@ from tests.fakes.killed_chat import DEADLINE, Marks, check_attended, turns_of
 from tests.fakes.thinkers import write_thinker
 
 SIGNALS = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
-# How often a phase is entered before the signal comes. The first commit makes the session.
+# How often a phase is entered before the signal comes. The first commit creates the session.
 VISITS = {
     "reading": range(1, 7),
     "thinking": range(1, 91),
@@ -79,7 +79,7 @@ def mark_turns(marks: Marks) -> None:
 
 
 def chat(marks: Marks) -> None:
-    """Be the program that gets signals."""
+    """Run the program that receives signals."""
     saving.SECONDS_BETWEEN_SNAPSHOTS = -1
     marks.mark(snapshot, "save_snapshot", "snapshot")
     marks.mark(Store, "write", "commit")
@@ -89,7 +89,7 @@ def chat(marks: Marks) -> None:
 
 
 class Moments:
-    """Chats that signals end, each of another session."""
+    """Chats that signals end, each in its own session."""
 
     def __init__(self, place: Path, luck: random.Random):
         self.place, self.luck, self.number = place, luck, 0
@@ -112,7 +112,7 @@ class Moments:
         at_once = second and "ignored due to race condition" in err
         late = out.count("\n") >= len(questions) and "atexit callback" in err
         assert at_once or late or ("Traceback" not in err and "Exception" not in err), err
-        # Two that come during the same call into MLX may change places.
+        # Two that come during the same call into MLX may swap places.
         expected = {128 + first, 128 + second, -second} if second else {128 + first}
         if out.count("\n") >= len(questions):  # all are answered, so it may be about to exit
             expected |= {-first, 0}

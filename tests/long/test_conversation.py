@@ -1,4 +1,4 @@
-"""A saved conversation of some hundred turns; conversation.py holds one of ten thousand."""
+"""A saved conversation of a few hundred turns; conversation.py holds one of ten thousand."""
 
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 

@@ -1,4 +1,4 @@
-"""A history of some hundred turns; lines.py has one of five thousand."""
+"""A history of a few hundred turns; lines.py has one of five thousand."""
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 

@@ -109,7 +109,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found: dict[str, Any] = dict(talk(path.read_text("utf-8"), Path(folder)))
-            except Exception as error:  # it is reported, and the next is tried
+            except Exception as error:  # it is reported, and the next template is tried
                 traceback.print_exc()
                 found, failed = {"error": repr(error)[:300]}, 1
         print(json.dumps({"template": path.stem, **found}), flush=True)

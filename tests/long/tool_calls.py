@@ -99,7 +99,7 @@ def main() -> int:
                     found[name] = talk(path.read_text("utf-8"), Path(folder), dump)
                 except TemplateError as error:
                     found[name] = f"refused: {error}"
-                except Exception as error:  # it is reported, and the next is tried
+                except Exception as error:  # it is reported, and the next template is tried
                     traceback.print_exc()
                     found[name], failed = f"failed: {error!r}"[:300], 1
         print(json.dumps({"template": path.stem, **found}), flush=True)
@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def spaced(value: Any) -> str:
-    """Return JSON as no template writes it."""
+    """Return JSON with spacing that no template writes."""
     return json.dumps(value, separators=(" ,  ", " : "))
 
 

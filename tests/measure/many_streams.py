@@ -83,7 +83,7 @@ def seconds_of(task: Callable[[], Any]) -> float:
 
 @contextmanager
 def ends_of_steps(engine: mlx_stream.Engine) -> Iterator[list[tuple[float, int, int]]]:
-    """Record when each step with tokens of replies ended, their number, and its other rows."""
+    """Record when each step with reply tokens ended, how many it had, and its other rows."""
     scheduler, ends = engine._worker._scheduler, []
     run = scheduler.run
 

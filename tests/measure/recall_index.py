@@ -30,7 +30,7 @@ from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.transcript_recall import TranscriptRecall, indexed
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.program.sqlite import LONGEST_ROW, bytes_on_disk, connect
 from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import TABLES, WordIndex

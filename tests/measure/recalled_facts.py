@@ -66,7 +66,7 @@ WAYS = ("without recall", "recalled", "in the window")
 
 
 def facts() -> list[tuple[str, str, int]]:
-    """Return persons, kinds and the place of the right candidate; every place is right as often."""
+    """Return persons, kinds and the place of the right candidate; each is right equally often."""
     pairs = ((person, kind) for kind in KINDS for person in ASKED_FOR)
     return [(person, kind, at * 7 % 10) for at, (person, kind) in enumerate(pairs)]
 
@@ -77,7 +77,7 @@ def told(person: str, kind: str, right: int) -> tuple[str, str]:
 
 
 def conversation(asked: Sequence[tuple[str, str, int]], count: int) -> Iterator[tuple[str, str]]:
-    """Yield the facts, each with another exchange behind it, and then `count` exchanges."""
+    """Yield the facts, each followed by another exchange, and then `count` exchanges."""
     random, other = Random(1), exchanges()
     for fact in asked:
         yield told(*fact)
@@ -98,7 +98,7 @@ def read(chat: ChatSession, question: str, reply: str) -> None:
 def likelihoods(
     chat: ChatSession, question: str, begun: str, words: Sequence[str]
 ) -> tuple[list[float], list[int]]:
-    """Return the log-probability of each word behind the beginning of an answer; undo the turn.
+    """Return the log-probability of each word after the beginning of an answer; undo the turn.
 
     Also return the numbers of the exchanges that were quoted.
     """

@@ -1,14 +1,15 @@
-"""Ask the starter what nothing answers, and about facts that have changed, with recall and without.
+"""Ask the starter unanswerable questions, and about changed facts, with recall and without.
 
     python -m tests.measure.recalled_questions unanswerable [--sample 40]
     python -m tests.measure.recalled_questions changed [--facts 24]
 
 The exchanges stand in the index, and the stream reads only the latest of them. `unanswerable` asks
 200 questions of small talk, arithmetic and translation after exchanges of facts and documentation,
-and 200 after logs and code: it prints the share that gets a quotation, and by how many nats a token
-that changes the log-likelihood of a fixed continuation (of a sample of the questions with a
-quotation; the others are the same by construction). `changed` tells each fact twice, with another
-value the second time, and prints the share in which the new value is likelier than the old one.
+and 200 after logs and code. It prints the share that gets a quotation, and by how many nats per
+token the quotation changes the log-likelihood of a fixed continuation (for a sample of the
+questions with a quotation; the others are the same by construction). `changed` tells each fact
+twice, with a different value the second time, and prints the share in which the new value is
+likelier than the old one.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def chat_after(model: Model, exchanges: Exchanges, recall: bool) -> ChatSession:
 
 
 def unanswerable(model: Model, exchanges: Exchanges, asked: Exchanges, sample: int) -> dict:
-    """Return the share of questions with a quotation by kind, and what it changes, in nats."""
+    """Return the share of each kind of question that gets a quotation, and its effect in nats."""
     chats = [chat_after(model, exchanges, recall) for recall in (True, False)]
     store, end = chats[0].recall, len(exchanges) - LATEST + 1
     assert store

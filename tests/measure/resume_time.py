@@ -29,7 +29,7 @@ NAME = "measured"
 
 
 def fill(chat: ChatSession, window: int) -> None:
-    """Say long questions, answered in a word, until the window has wrapped."""
+    """Ask long questions with one-word answers until the window has wrapped."""
     for text in topics.values():
         list(chat.reply(text[:1200]))
         if chat.stats.evicted > window // 4:

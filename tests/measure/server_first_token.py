@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 SYSTEM = {"role": "system", "content": "You are brief."}
 TEXT = Path(__file__).with_name("reply.md")
 QUESTION_WORDS, REPLY_TOKENS = 12, 48
-TOKENS_OF_A_MESSAGE = 8  # at most, that a template writes around it
+TOKENS_OF_A_MESSAGE = 8  # the most that a template adds to a message
 LEAST_RATIO, MOST_GROWTH = 8.0, 1.3
 LAST_TURN = 200
 # Without this package, MLX finds no fast BLAS on Linux.
@@ -98,7 +98,7 @@ def fitting(messages: list[dict[str, str]], question: str, count: Any, window: i
 
 
 def questions() -> Iterator[str]:
-    """Yield questions of as many words, each another part of one text."""
+    """Yield questions of this many words, each a different part of one text."""
     words, at = TEXT.read_text("utf-8").split(), 0
     while True:
         part = [words[(at + step) % len(words)] for step in range(QUESTION_WORDS)]

@@ -4,7 +4,7 @@
 
 Each is measured in turn with `python -c pass`, `rounds` times. Prints medians and quartiles in
 milliseconds and, for a chat, where the time goes. Nothing is fetched: the model must be cached.
-Best on a machine that does nothing else; not collected by pytest.
+Run it on an otherwise idle machine; not collected by pytest.
 """
 
 import argparse

@@ -37,7 +37,7 @@ def stream_of(model, sinks=3, window=20, clock_limit=None, spare=0, kv_bits=None
 
 
 def one_by_one(stream, prompt, sampler, count):
-    """Yield what `generate` must yield, each token read and chosen apart."""
+    """Yield what `generate` must yield, each token read and chosen separately."""
     logits = stream.read(prompt)
     for _ in range(count):
         token = sampler.choose(logits, stream.ids.attended)

@@ -1,4 +1,4 @@
-"""A model's fingerprint: fixed for ever in each version, and different for any two models."""
+"""A model's fingerprint: fixed forever in each version, and different for any two models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -20,7 +20,7 @@ Make = Callable[..., Model]
 
 
 def fixed_tensors(raw: dict) -> Tensors:
-    """Return tensors whose numbers hang on no random generator and are exact in bfloat16."""
+    """Return tensors whose numbers depend on no random generator and are exact in bfloat16."""
     found = {}
     for place, (name, tensor) in enumerate(sorted(tensors_of(raw).items())):
         numbers = (np.arange(tensor.size) * 37 + 11 * place) % 101 - 50
@@ -31,7 +31,8 @@ def fixed_tensors(raw: dict) -> Tensors:
 YARN_AND_BIASES = {"rope_scaling": YARN, "attention_bias": True}
 LLAMA3_AND_TIED = {"rope_scaling": LLAMA3, "tie_word_embeddings": True}
 MISTRAL_WITH_WINDOW = {"model_type": "mistral", "sliding_window": 100}
-# Those of version 1 are of the code that wrote its files, those of 2 of the code that made it.
+# Those of version 1 come from the code that wrote its files, those of version 2 from the code that
+# introduced it.
 FIXED: list[tuple[dict[str, Any], mx.Dtype, str, str]] = [
     ({}, mx.float32, "c926d5a332c852fa", "07b1115ae8122211"),
     ({}, mx.bfloat16, "d0e1a86d14e7d55f", "c53ab79a2df619d3"),
@@ -77,7 +78,7 @@ NOT_COMPUTED = BOUNDS | {"quantization", "vocab_size"}
 
 
 def otherwise(settings: Any, name: str) -> Any:
-    """Return other settings: one of them is not what it was."""
+    """Return settings that differ only in the one named."""
     value = getattr(settings, name)
     changed = OTHERWISE.get(name, not value if isinstance(value, bool) else value)
     return replace(settings, **{name: 2 * value if changed is value else changed})

@@ -52,7 +52,7 @@ def test_a_larger_machine_gets_no_smaller_offer():
 
 
 def test_the_shapes_give_the_sizes_that_the_hub_lists():
-    """A file is its tensors and a header of some hundred kilobytes."""
+    """A file consists of its tensors and a header of a few hundred kilobytes."""
     seen = {model.name: model.bytes for model in listed_models() if model.bytes}
     assert len(seen) == 2
     for model in listed_models():

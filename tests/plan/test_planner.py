@@ -56,7 +56,7 @@ def tiny_outline(**changes) -> ModelSummary:
 
 
 def order(plan: Plan) -> tuple[bool, int, int]:
-    """How good a plan is: a window of the default at least, then bits, then the window."""
+    """Rank a plan: a window of at least the default comes first, then bits, then the window."""
     assert plan.recipe.bits is not None
     return plan.window >= DEFAULT_WINDOW, plan.recipe.bits, plan.window
 

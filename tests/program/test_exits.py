@@ -1,4 +1,4 @@
-"""Lines for the user of a program: the library's parameters have the names of options."""
+"""Lines for a program's user: the library's parameters appear under the names of options."""
 
 from inspect import signature
 from itertools import chain

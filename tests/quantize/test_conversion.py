@@ -152,7 +152,7 @@ def test_the_layout_is_mlx_lms(llama: Path, tmp_path: Path) -> None:
     assert before.generation_config == after.generation_config
     size = sum(array.nbytes for array in after.tensors.values())
     assert result.about["tensor_bytes"] == size
-    # 4 bits, and two numbers of 16 for each 64; norms are few.
+    # 4 bits, and two 16-bit numbers for each group of 64; norms are few.
     assert 4.5 < result.about["bits_per_weight"] < 4.6
     table = sum(a.nbytes for name, a in after.tensors.items() if "embed_tokens" in name)
     assert result.about["bytes_per_token"] == size - table + table // 300

@@ -61,7 +61,7 @@ def test_a_measured_recipe_costs_no_more_than_a_bit_more(name, harm, sizes) -> N
     assert total(recipe, elements, 12) <= total(uniform_recipe(recipe.base.bits + 1), elements, 12)
     for (path,), value in zip(parts, harm, strict=True):
         assert value > 0 or path not in recipe.chosen
-    # What was left out would not fit, or does less good for its bytes than all that were taken.
+    # What was left out would not fit, or helps less per byte than everything that was taken.
     assert recipe.high is not None
     ratio = {p: h / elements[p] for (p,), h in zip(parts, harm, strict=True)}
     best = max(ratio, key=lambda path: ratio[path])

@@ -73,7 +73,7 @@ def test_no_text_is_an_error_or_a_query(tmp_path, text):
 
 
 def test_no_character_splits_a_word_of_a_question(tmp_path):
-    """The index has no places of words, so it cannot look for two in a row."""
+    """The index does not store the positions of words, so it cannot search for two in a row."""
     index = index_of(tmp_path, ["x"])
     others = (*range(128, 0xD800), *range(0xE000, 0x20000))
     letters = map(chr, others)

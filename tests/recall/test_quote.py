@@ -1,4 +1,4 @@
-"""A quotation stays inside its line and its budget, whatever the text is."""
+"""A quotation stays on its line and within its budget, whatever the text is."""
 
 import json
 

@@ -38,7 +38,7 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, messages: list[Any], stream: bool, **options: Any) -> Any:
-    """Return a reply's text, usage, finish reason and our own object, whole or streamed."""
+    """Return a reply's text, usage, finish reason and the server's object, whole or streamed."""
     given = {"model": MODEL, "messages": messages, **options}
     if not stream:
         answer = client.chat.completions.create(**given)
@@ -70,7 +70,7 @@ def twin(folder: Path, questions: list[str], **options: Any) -> list[tuple[str, 
 def test_a_history_that_is_sent_whole_is_read_once(
     server: RunningServer, client: openai.OpenAI, tiny: Path, stream: bool
 ) -> None:
-    """40 turns, four times what the window holds."""
+    """The 40 turns are four times what the window holds."""
     system = f"Be brief. {stream}"
     questions = [f"And what of the {number}th man in the house?" for number in range(40)]
     expected = twin(tiny, questions, system=system, max_tokens=10)
@@ -259,7 +259,7 @@ def test_of_many_wrong_items_one_is_reported(field: str, item: str) -> None:
 
 
 def test_a_text_without_an_end_is_read_once() -> None:
-    """If each of its quotes was tried as a beginning, this would take hours."""
+    """If each of its quotes were tried as a beginning, this would take hours."""
     started = time.process_time()
     check_structure(b'{"x": "' + b'\\"' * 300_000)
     assert time.process_time() - started < 5

@@ -40,7 +40,7 @@ class Clients(RuleBasedStateMachine):
         super().__init__()
         self.lines = Lines(self.engine, STREAMS, window=WINDOW)
         self.clients = [self.new_client() for _ in range(3)]
-        self.busy = []  # replies in progress, with their clients and what was taken of them
+        self.busy = []  # replies in progress, with their clients and the pieces taken
 
     def new_client(self):
         return Client(self.lines, max_tokens=MAX_TOKENS)
@@ -84,7 +84,7 @@ class Clients(RuleBasedStateMachine):
             assert reply.read == 1
         elif len(texts) > 1 and reply.cache in ("extended", "edited", "shifted"):
             assert reply.read <= asked
-        if len(texts) > 1:  # at least half of what a reader of all would attend to
+        if len(texts) > 1:  # at least half of what would be attended if all were read
             exchanges = exchanges_of(client.messages[1:-2])
             newest = newest_turns(chat.prompts, exchanges, WINDOW)
             cold = sum(len(turn.exchange.ids) for turn in newest)
@@ -150,7 +150,7 @@ class Clients(RuleBasedStateMachine):
     @precondition(lambda self: len(self.busy) < 2)
     @rule(number=numbers, question=questions)
     def begin_a_long_reply(self, number, question):
-        """A client goes on elsewhere; another has its history from now on."""
+        """Start a client's long reply, and let a new client continue from its history."""
         client, self.clients[number] = self.clients[number], self.new_client()
         self.clients[number].messages = [*client.messages]
         reply = client.begin(question, max_tokens=40)

@@ -33,7 +33,7 @@ def server(request: pytest.FixtureRequest, letters: Path) -> Iterator[RunningSer
 
 
 def paths(server: RunningServer) -> list[tuple[str, str]]:
-    """Return a method and a path of each route."""
+    """Return the method and path of each route."""
     routes = [route for route in routes_of(server.service) if isinstance(route, Route)]
     found = [
         (
@@ -254,7 +254,7 @@ def test_a_body_where_there_is_none_is_refused(server: RunningServer) -> None:
 
 
 def test_bodies_in_memory_are_bounded(server: RunningServer) -> None:
-    """At most four of the largest at once; what was answered does not count."""
+    """At most four of the largest are held at once; those already answered do not count."""
     path, large = posts(server)[0], "x" * 3_900
     for _ in range(6):
         assert server.ask("POST", path, allowed(server, {}), large).status != 503
@@ -299,7 +299,7 @@ def test_slow_headers_end_a_connection(
             time.sleep(0.05)
         assert slow.recv(999).startswith(b"HTTP/1.1 408") and silent.recv(999)
     assert time.monotonic() - started < 3
-    with closing(server.connect()) as kept:  # on a connection that was used, too
+    with closing(server.connect()) as kept:  # on a connection that has been used, too
         for _ in range(2):
             kept.sendall(server.head("GET", "/v1/models", allowed(server, {})))
             assert read_answer(kept).status == 200

@@ -360,7 +360,7 @@ def test_the_lines_of_one_turn_go_first(engine):
     for line in lines.state():
         if line.id not in (1, 2):
             lines.close(line.id)
-    chats[0].ask("Else?")  # in a copy: the original goes first, although it was used last
+    chats[0].ask("Else?")  # in a copy: the original is closed first, although used last
     assert chats[0].reply.cache == "edited"
     Client(lines).ask("Title?")
     assert {state.id for state in lines.state()} >= {2, chats[0].reply.line}

@@ -130,7 +130,7 @@ def listed(server: RunningServer) -> list[dict[str, Any]]:
 
 
 def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None:
-    """64 at once, of which 2 have streams and 4 may wait."""
+    """Of 64 at once, 2 have streams and 4 may wait."""
     server.ask("POST", PATH, body=body_of())
     eventually(lambda: is_idle(server))
     gc.collect()
@@ -183,7 +183,7 @@ def test_those_that_wait_are_answered_in_turn(
         with closing(asked(server, body_of("b", True, ENDLESS))) as second:
             second.recv(10)
             waiting = asked(server, body_of("c", True, 8))
-            comes = waiting.recv(9999)  # the head, although no stream is free
+            comes = waiting.recv(9999)  # the head comes although no stream is free
             assert comes.startswith(b"HTTP/1.1 200") and b"x-mlx-stream" not in comes
             assert server.ask("GET", "/health").status == 200
         found = b""
@@ -194,7 +194,7 @@ def test_those_that_wait_are_answered_in_turn(
 
 
 def test_a_stream_in_http_1_0_ends_with_its_connection(server: RunningServer) -> None:
-    """As the client in Swift reads it: lines, and no chunks."""
+    """This is how the Swift client reads it: by lines, without chunks."""
     with closing(server.connect()) as client:
         head = server.head("POST", PATH, body=body_of("Hello", True, 5))
         client.sendall(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
@@ -216,7 +216,7 @@ def test_requests_on_one_connection_are_answered_in_order(server: RunningServer)
 
 
 def read_one(client: socket.socket) -> Any:
-    """Read one answer that has a length, and nothing behind it."""
+    """Read one answer that has a length, and nothing after it."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += client.recv(1)

@@ -244,7 +244,7 @@ def test_a_signal_keeps_the_reply_in_progress(letters: Path, tmp_path: Path) -> 
     assert len(texts) == 2 and sum(b"canary" in text for text in texts) == 1
 
 
-# The program, which says so whenever it connects to anything.
+# The program; it reports every connection that it makes.
 WATCHED = """
 import os, sys
 sys.addaudithook(lambda name, args: name == "socket.connect" and os.write(2, b"CONNECTED"))

@@ -34,7 +34,7 @@ def test_thinking_comes_apart_and_is_counted(server: RunningServer) -> None:
     message = answer["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("abcdefghi", "jklmno")
     usage = answer["usage"]
-    # `<think>`, its letters and `</think>` are not of the answer.
+    # `<think>`, its letters and `</think>` are not part of the answer.
     assert usage["completion_tokens_details"]["reasoning_tokens"] >= 11
     assert usage["completion_tokens"] - usage["completion_tokens_details"]["reasoning_tokens"] >= 6
     deltas = [
@@ -65,7 +65,7 @@ def test_a_history_is_known_by_its_answers(server: RunningServer, sent: bool) ->
 
 
 def test_thinking_can_be_switched_off(server: RunningServer) -> None:
-    """The template then writes an empty thinking before the reply."""
+    """The template then writes an empty thinking block before the reply."""
     read = []
     for switch in (None, True, False):
         more = {"chat_template_kwargs": {"enable_thinking": switch}}

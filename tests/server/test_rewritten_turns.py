@@ -42,12 +42,12 @@ def test_thinking_does_not_count(name, sent, tmp_path):
             last = [*twin.reply(question)][-1]
             check("extended" if number else "new")
             asked = len(twin.exchanges[-1].question_ids)
-            # What settles the reply before is read behind it, or else with this question.
+            # What settles the previous reply is read after it, or else with this question.
             most = last.settled + asked + len(twin.exchanges[-1].closing_ids)
             assert asked <= client.reply.read <= most or not number
         reply = client.begin("Stop?")
         [next(reply) for _ in range(3)]
-        reply.cancel()  # in its thinking, of which nothing stays
+        reply.cancel()  # in its thinking, none of which is kept
         assert attended_texts(client.chat)[-1] == ("Stop?", "")
         assert_well_formed(client.chat)
         client.messages.append(Message("assistant", ""))
@@ -63,7 +63,7 @@ def test_thinking_does_not_count(name, sent, tmp_path):
         client.ask()
         said(twin.retry(20))
         check("retried")
-        if name == "drops it late":  # the turn before has its thinking again
+        if name == "drops it late":  # the previous turn has its thinking again
             assert client.reply.read > 1
         else:
             assert client.reply.read == 1
@@ -98,7 +98,7 @@ def test_a_step_that_fails_behind_a_reply_closes_the_line(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_chain_of_calls_is_extended(name, tmp_path, monkeypatch):
-    """The client changes the ids, and what of the arguments does not count."""
+    """The client changes the ids, and those parts of the arguments that do not count."""
     kind, script, run = MODELS[name], [], TokenStream.run
     monkeypatch.setattr(
         TokenStream,

@@ -39,7 +39,7 @@ NORMALIZERS = {
 }
 PLAIN = ["<", "|", "<|", "|>", "<|im_", "start|>", "im_start|>", "|im_start|>", "end|>", " ", "\n"]
 PLAIN += [START, END, THINK, "</think>", f"<{START}|im_start|>", "x", "the ", "\ufdd0", "[INST]"]
-# Around the question: as published, without a line end, and next to a part of a name.
+# Around the question: as published, without a line end, and next to part of a name.
 AROUND = {
     "ChatML": CHAT_TEMPLATE,
     "thinks": CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'"),

@@ -39,7 +39,7 @@ LLAMA_2 = (
     "{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# The first Llama 3 templates ask for a reply always; later ones when told to.
+# The first Llama 3 templates always ask for a reply; later ones do when told to.
 LLAMA_3_FIRST = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -272,7 +272,7 @@ SETTLES = {
     "thinks in the prompt": CHATML.replace("<assistant>{%", "<assistant><think>{%"),
     "marks the last turn": CHATML.replace("'</>'", "('</last>' if loop.last else '</>')"),
 }
-# These rewrite an exchange later than that, or do not write it once.
+# These rewrite an exchange later than that, or do not write it exactly once.
 REWRITES = {
     "writes before a reply": CHATML.replace(
         "m.content", "('Answer: ' if m.role == 'assistant' else '') + m.content"

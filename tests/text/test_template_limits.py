@@ -54,7 +54,7 @@ KEEPS = (
     "{{% set ns = namespace(x=0) %}}{{% set s = {} %}}{{% for i in range(99999) %}}"
     "{{% set ns.x = namespace(before=ns.x, value={}) %}}{{% endfor %}}"
 )
-# Four bytes a character, or as many objects.
+# Texts with four bytes per character, or as many objects.
 WIDE = {
     "wide texts kept": KEEPS.format("'😀' * 900000", "s ~ i"),
     "lists of wide texts kept": KEEPS.format("'😀' * 50000", "s | list"),

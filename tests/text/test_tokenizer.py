@@ -149,7 +149,7 @@ def spell(kind: str, run: bytes | str) -> list[int]:
 
 @st.composite
 def streams(draw: st.DrawFn, kind: str) -> list[int]:
-    """Ids as a model might emit them, and as it should not: text, bytes, specials, anything."""
+    """Draw ids that a model might emit, or should not: text, bytes, specials, anything."""
     tokenizer = load(kind)
     texts = st.text(st.sampled_from("ab é€😀\ufffd▁\n"), max_size=12) | st.text(max_size=6)
     segments = [
@@ -165,7 +165,7 @@ def streams(draw: st.DrawFn, kind: str) -> list[int]:
 
 
 def late_invalid_run(kind: str, ids: list[int]) -> bool:
-    """Whether a run of byte tokens turns invalid when its beginning can no longer wait."""
+    """Return whether a run of byte tokens turns invalid when its beginning can no longer wait."""
     if "ByteFallback" not in json.dumps(DECODERS.get(kind)):
         return False
     tokenizer = load(kind)
@@ -197,7 +197,7 @@ def test_pieces_join_to_the_text(kind: str, data: st.DataObject):
     ids = data.draw(streams(kind))
     pieces = "".join(stream(tokenizer, ids))
     if late_invalid_run(kind, ids):
-        # What then holds: nothing but replacement characters stands for what was invalid.
+        # Only replacement characters stand for what was invalid, so this still holds.
         assert len(pieces) <= len(tokenizer.decode(ids))
     else:
         assert pieces == tokenizer.decode(ids)
@@ -227,7 +227,7 @@ def test_text_comes_back_as_it_was(kind: str):
 @pytest.mark.parametrize("decoder", [None, BYTE_LEVEL, METASPACE, *DECODERS.values()])
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
 def test_ids_are_decoded_by_the_kind_of_the_vocabulary(kind: str, decoder: Any):
-    """Whatever the file names: conversions mix up decoders."""
+    """The decoder that the file names does not count, because conversions mix decoders up."""
     parsed = json.loads(text_of("byte-level" if kind == "byte-level" else "llama"))
     if kind == "gemma":
         parsed["normalizer"] = parsed["normalizer"]["normalizers"][1]  # no space at the beginning
