@@ -200,7 +200,7 @@ def our_build(model: Model, cache: StreamCache) -> Build:
     def build() -> mx.array:
         cache.prepare(1)
         step = cache.plan(1)
-        decoded = model.compiled_steps.decode(step, token, tracing, greedy, greedy.key)
+        decoded = model.compiled_steps.decode(step, token, tracing, greedy, greedy.random.key)
         cache.commit(step)
         assert decoded.token is not None
         return decoded.token
