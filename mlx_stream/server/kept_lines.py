@@ -132,7 +132,7 @@ class KeptLines:
 
     def save(self, line: KeptLine, chat: ChatSession) -> Generator[None, None, None]:
         """Write a conversation, or leave the old file; a generator that raises nothing."""
-        if chat.tokens.failed or line.name in self._removed:
+        if chat.tokens.failed:
             return
         path = self._path(line.name)
         try:

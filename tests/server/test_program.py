@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 import mlx_stream
+from mlx_stream.errors import ValueRefused
 from mlx_stream.server.connection import TimedConnection
+from mlx_stream.server.service import ServiceOptions
 from tests.fakes.conversations import said
 from tests.fakes.engines import DEADLINE, GREEDY, eventually
 from tests.fakes.servers import ENDLESS, MODEL, PATH, body_of, read_answer, serving
@@ -59,6 +61,33 @@ def test_an_idle_server_releases_the_weights_and_loads_them_again(letters: Path)
             thread.join(DEADLINE)
         texts = {answer.json["choices"][0]["message"]["content"] for answer in (first, *answers)}
         assert len(answers) == 3 and len(texts) == 1
+
+
+def test_an_unloaded_server_recognizes_what_it_kept(letters: Path, tmp_path: Path) -> None:
+    messages, caches = [], []
+    with serving(letters, window=256, idle_unload=1 / 60, keep=tmp_path / "kept") as server:
+        for number in range(3):
+            messages.append({"role": "user", "content": f"Hello {number}"})
+            answer = server.ask("POST", PATH, body=body_of(stream=False, messages=messages))
+            caches.append(answer.json["mlx_stream"]["cache"])
+            messages.append(answer.json["choices"][0]["message"])
+            eventually(lambda: server.service.engine is None)
+    assert caches == ["new", "restored", "restored"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"keep_size": 0}, "--keep-size"),
+        ({"keep_size": float("nan"), "keep": Path("x")}, "--keep-size"),
+        ({"keep_size": 3}, "add --keep"),
+    ],
+)
+def test_options_of_kept_conversations_are_checked(
+    letters: Path, options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ValueRefused, match=what):
+        ServiceOptions(letters, (MODEL,), **options)
 
 
 def test_a_refused_request_loads_no_model(letters: Path) -> None:
