@@ -261,6 +261,18 @@ def test_a_killed_server_recognizes_what_it_kept(letters: Path, tmp_path: Path) 
             assert "used by another server" in line
 
 
+def test_a_folder_that_others_can_read_is_refused_in_one_line(
+    letters: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir(mode=0o755)
+    command = [sys.executable, "-m", "mlx_stream", "serve", letters, "--keep", tmp_path / "kept"]
+    command += ["--socket", tmp_path / "s"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "chmod 700" in line
+    assert not (tmp_path / "s").exists() and not [*(tmp_path / "kept").iterdir()]
+
+
 def test_a_signal_keeps_the_reply_in_progress(letters: Path, tmp_path: Path) -> None:
     with program_serving(letters, "--window", 256, "--keep", tmp_path / "kept") as (process, port):
         answered(port, body_of(stream=False))
