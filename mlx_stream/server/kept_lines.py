@@ -35,6 +35,7 @@ from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES
 from mlx_stream.server.line_record import Record
 
 DEFAULT_GIB = 8
+MOST_LINES = 1_000
 NAME = re.compile(r"[0-9a-f]{16}", re.ASCII)
 SUFFIX = ".safetensors"
 BUSY = "the folder of --keep is used by another server, {holder}: use another folder"
@@ -97,8 +98,8 @@ class KeptLines:
 
     Args:
         folder: created if it does not exist; only this user may have access.
-        limit: how many bytes the conversations may take. The least recently used ones are removed,
-            those of one turn first.
+        limit: how many bytes the conversations may take; there are also at most `MOST_LINES`. The
+            least recently used ones are removed, those of one turn first.
         notify: called with a line for the user, perhaps on the engine's thread.
 
     Attributes:
@@ -132,7 +133,7 @@ class KeptLines:
 
     def save(self, line: KeptLine, chat: ChatSession) -> Generator[None, None, None]:
         """Write a conversation, or leave the old file; a generator that raises nothing."""
-        if chat.tokens.failed or line.name in self._removed:
+        if chat.tokens.failed:
             return
         path = self._path(line.name)
         try:
@@ -204,10 +205,10 @@ class KeptLines:
         self._make_room()
 
     def _make_room(self, besides: str = "") -> None:
-        """Remove conversations until the rest do not exceed the limit; called under the lock."""
+        """Remove conversations until the rest do not exceed the limits; called under the lock."""
         total = sum(line.nbytes for line in self._lines.values())
         for line in sorted(self._lines.values(), key=lambda x: (len(x.record) > 1, x.used)):
-            if total <= self._limit:
+            if total <= self._limit and len(self._lines) <= MOST_LINES:
                 return
             if line.name != besides:
                 self._remove(line.name)

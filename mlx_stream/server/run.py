@@ -46,14 +46,18 @@ def run_server(
 
     Returns:
         The signal's number, and whether everything was released in time.
+
+    Raises:
+        ValueRefused, SessionError: see `ModelService`.
     """
     raise_file_limit()
-    service = ModelService(options, notify)
     try:
-        number = asyncio.run(serve_until_signal(service, rules, listening, log))
-    except BaseException:
-        service.close()
-        raise
+        service = ModelService(options, notify)
+        try:
+            number = asyncio.run(serve_until_signal(service, rules, listening, log))
+        except BaseException:
+            service.close()
+            raise
     finally:
         remove_socket(listening)
     return number, service.close()

@@ -97,6 +97,7 @@ def test_a_state_that_cannot_be_restored_fails_every_use(engine: mlx_stream.Engi
     def refuse(chat: ChatSession) -> None:
         raise SnapshotError("it is damaged")
 
+    engine.wait()
     before = engine.memory
     session = engine.session(window=60, restore=refuse)
     for _ in range(2):

@@ -16,6 +16,7 @@ import pytest
 import mlx_stream
 from mlx_stream.errors import SessionError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.server import kept_lines
 from mlx_stream.server.kept_lines import KeptLine, KeptLines
 from mlx_stream.server.line_record import Record
 from mlx_stream.server.lines import Lines
@@ -431,6 +432,19 @@ def test_what_is_kept_is_bounded(letters: Path, tmp_path: Path) -> None:
     assert found == ["cold", "cold", "restored", "restored", "restored"]
     with keeping(letters, tmp_path / "kept", limit=size + size // 2) as lines:
         assert len(usable(lines)) == len(files(tmp_path / "kept")) == 1
+
+
+def test_the_number_of_kept_conversations_is_bounded(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_lines, "MOST_LINES", 2)
+    with keeping(letters, tmp_path) as lines:
+        for number in range(4):
+            Client(lines).ask(f"{number}?")
+            finished(lines)
+        texts = [path.read_bytes() for path in files(tmp_path)]
+        assert len(usable(lines)) == len(texts) == 2
+    assert sorted(b"3?" in text for text in texts) == [False, True]
 
 
 def test_a_full_disk_is_reported_once_and_the_old_file_stays(

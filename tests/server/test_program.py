@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 import mlx_stream
+from mlx_stream.errors import ValueRefused
 from mlx_stream.server.connection import TimedConnection
+from mlx_stream.server.service import ServiceOptions
 from tests.fakes.conversations import said
 from tests.fakes.engines import DEADLINE, GREEDY, eventually
 from tests.fakes.servers import ENDLESS, MODEL, PATH, body_of, read_answer, serving
@@ -59,6 +61,33 @@ def test_an_idle_server_releases_the_weights_and_loads_them_again(letters: Path)
             thread.join(DEADLINE)
         texts = {answer.json["choices"][0]["message"]["content"] for answer in (first, *answers)}
         assert len(answers) == 3 and len(texts) == 1
+
+
+def test_an_unloaded_server_recognizes_what_it_kept(letters: Path, tmp_path: Path) -> None:
+    messages, caches = [], []
+    with serving(letters, window=256, idle_unload=1 / 60, keep=tmp_path / "kept") as server:
+        for number in range(3):
+            messages.append({"role": "user", "content": f"Hello {number}"})
+            answer = server.ask("POST", PATH, body=body_of(stream=False, messages=messages))
+            caches.append(answer.json["mlx_stream"]["cache"])
+            messages.append(answer.json["choices"][0]["message"])
+            eventually(lambda: server.service.engine is None)
+    assert caches == ["new", "restored", "restored"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"keep_size": 0}, "--keep-size"),
+        ({"keep_size": float("nan"), "keep": Path("x")}, "--keep-size"),
+        ({"keep_size": 3}, "add --keep"),
+    ],
+)
+def test_options_of_kept_conversations_are_checked(
+    letters: Path, options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ValueRefused, match=what):
+        ServiceOptions(letters, (MODEL,), **options)
 
 
 def test_a_refused_request_loads_no_model(letters: Path) -> None:
@@ -230,6 +259,18 @@ def test_a_killed_server_recognizes_what_it_kept(letters: Path, tmp_path: Path) 
             assert other.wait(DEADLINE) == 1
             (line,) = other.stderr.read().splitlines()
             assert "used by another server" in line
+
+
+def test_a_folder_that_others_can_read_is_refused_in_one_line(
+    letters: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir(mode=0o755)
+    command = [sys.executable, "-m", "mlx_stream", "serve", letters, "--keep", tmp_path / "kept"]
+    command += ["--socket", tmp_path / "s"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "chmod 700" in line
+    assert not (tmp_path / "s").exists() and not [*(tmp_path / "kept").iterdir()]
 
 
 def test_a_signal_keeps_the_reply_in_progress(letters: Path, tmp_path: Path) -> None:
