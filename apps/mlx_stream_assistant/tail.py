@@ -16,7 +16,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +350,21 @@ class TailedFile:
         elif self._complaint and not complaint:
             self._tell(f"{self.path}: can be read again")
         self._complaint = complaint
+
+
+def place_by_inode(path: Path, places: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the place of a file that was followed under another name."""
+    with suppress(OSError):
+        file = open_file(path)
+        try:
+            for place in places:
+                position = position_of(place)
+                same = position and position.is_of(os.fstat(file))
+                if position and same and last_bytes(file, position.offset) == position.tail:
+                    return place
+        finally:
+            os.close(file)
+    return None
 
 
 def position_of(values: dict[str, Any] | None) -> FilePosition | None:
