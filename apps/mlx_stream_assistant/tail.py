@@ -236,7 +236,8 @@ class TailedFile:
         assert self._place is not None
         with suppress(FileNotFoundError):
             old = self._search.find_renamed(self._place)
-            return old is not None and self._search.find_between(self._place, old) is not None
+            if old and self._search.is_rotated(old):  # not if an editor is saving the file
+                return self._search.find_between(self._place, old) is not None
         return False
 
     # --- what is new ---

@@ -470,6 +470,20 @@ def test_a_backup_copy_that_has_the_old_inode_is_not_a_rotated_file(path):
     assert reading.taken == b"one\nthree\nfour\n"
 
 
+def test_a_save_that_is_not_finished_is_no_rotation(path):
+    write(path.with_name("x.log.1"), b"of long ago\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.wait(20)
+    os.utime(path.with_name("x.log.1"), (5, 5))
+    path.rename(path.with_name("x.log~"))
+    write(path, b"on", 6)
+    assert reading.poll() == b""
+    write(path, b"e\ntwo\n", 7)
+    path.with_name("x.log~").unlink()
+    assert reading.wait(20) == b"two\n"
+
+
 def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path):
     reading = read_one(path)
     rotate(path)
