@@ -25,7 +25,7 @@ from mlx_stream_assistant.requests import RequestHandler
 from mlx_stream_assistant.settings import SYSTEM, Settings
 from mlx_stream_assistant.socket_server import SocketServer
 from mlx_stream_assistant.stdin import StandardInput
-from mlx_stream_assistant.tail import TailedFile
+from mlx_stream_assistant.tail import TailedFile, place_by_inode
 
 RUNS = (
     "the assistant {name!r} is already running in {holder}: stop it first, "
@@ -131,18 +131,18 @@ class Assistant:
 
     def _open_sources(self) -> None:
         settings, journal = self.settings, self._journal
+        files, notes = journal.places("file"), journal.places("note")
+        before = [place for name, place in files.items() if Path(name) not in settings.follow]
         for path in settings.follow:
-            known = journal.source(str(path))
-            place = known.place if known and known.kind == "file" else None
+            place = files.get(str(path)) or place_by_inode(path, before)
             begin = settings.from_end
             source = TailedFile(path, place, self._tell, begin, excluded=settings.notes)
             self._sources.append(source)
-        notes, others = journal.notes(), [*settings.follow]
+        others = [*settings.follow]
         if settings.notes:
             others.append(settings.notes)
         for path in settings.folder:
-            inside = {name: p for name, p in notes.items() if Path(name).is_relative_to(path)}
-            self._sources.append(NotesFolder(path, inside, self._tell, others))
+            self._sources.append(NotesFolder(path, notes, self._tell, others))
         if settings.stdin:
             self._input = StandardInput(self._tell)
             self._sources.append(self._input)

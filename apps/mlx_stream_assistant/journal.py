@@ -191,10 +191,10 @@ class Journal:
             rows = self._rows("SELECT * FROM sources WHERE name = ?", name)
             return source_of(rows[0]) if rows else None
 
-    def notes(self) -> dict[str, dict[str, Any]]:
-        """Return how far each note from a folder has been read, by path."""
+    def places(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Return how far each source of a kind has been read, by path."""
         with self._reading():
-            rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = 'note'"))
+            rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = ?", kind))
             return {row.name: row.place for row in rows}
 
     # --- the diary ---

@@ -41,7 +41,8 @@ class NotesFolder:
     """A folder whose text and Markdown files are read.
 
     Args:
-        places: how far each note has been read, according to a journal, by path.
+        places: how far each note has been read, according to a journal, by path; shared by all
+            folders, because a note may be moved from one to another.
         excluded: files not to be read under any name, such as the assistant's diary.
         clock: returns the time in seconds.
     """
@@ -56,7 +57,8 @@ class NotesFolder:
     ):
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
         self._clock, self._next_look = clock, 0.0
-        self._places, self._decoder = dict(places), TextDecoder(tell)
+        self._places, self._decoder = places, TextDecoder(tell)
+        self._inside = self.name.rstrip(os.sep) + os.sep
         self._looked: dict[str, Seen] = {}  # as they were at the last scan
         # How far notes that are gone or have changed had been read: checksums by number of bytes,
         # ascending.
@@ -73,7 +75,7 @@ class NotesFolder:
         """Counts of notes read and waiting, and any problem with the folder or a note."""
         complaints = [self._complaint, *(why for _, why in self._refused.values()), ""]
         return {
-            "notes": len(self._places),
+            "notes": sum(path.startswith(self._inside) for path in self._places),
             "waiting": len(self._changed),
             "complaint": next(filter(None, complaints), ""),
         }
@@ -132,12 +134,20 @@ class NotesFolder:
         self._looked = found
         if self._changed:
             # A note that has changed may be a new one, and the old one may have another name now.
-            gone = [p for path, p in self._places.items() if found.get(path) != tuple(p["seen"])]
+            gone = [p for path, p in self._places.items() if self._seen(path, found) != p["seen"]]
             gone += self._before  # a new note may be read before the old one
             sizes = sorted({place["bytes"] for place in gone} - {0})
             self._gone = {size: set() for size in sizes}
             for place in gone:
                 self._gone.get(place["bytes"], set()).add(place["crc"])
+
+    def _seen(self, path: str, found: dict[str, Seen]) -> list[int] | None:
+        """Return what a note, perhaps in another folder, looks like now; None if it is gone."""
+        if path.startswith(self._inside):
+            return [*found[path]] if path in found else None
+        with suppress(OSError):
+            return [*file_stamp(Path(path).stat())]
+        return None
 
     def _is_known(self, path: str, seen: Seen) -> bool:
         place, refused = self._places.get(path), self._refused.get(path)

@@ -77,10 +77,16 @@ class FileSearch:
         """Return the current location of the file that was being read.
 
         Its device number may change when the machine restarts, and its inode number if an editor
-        saved it before it was renamed.
+        saved it before it was renamed. If nothing was read yet, its new name has to show that it
+        is the one: another file may have got the inode.
         """
         files = self._beside()
-        same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]
+        same = [
+            one
+            for one in files
+            if one[1].st_ino == place.inode and self._holds(place, *one)
+            if place.offset or self.is_rotated(one)
+        ]
         if not any(map(self.is_rotated, same)):  # only copies or links, or nothing at all
             for found in files:
                 later = place.offset and found[1].st_mtime_ns >= place.written
@@ -102,7 +108,7 @@ class FileSearch:
         return self._first_readable(found)
 
     def find_copy(self, place: FilePosition) -> Found | None:
-        """Return a rotated copy of the file that was read, if there is more to read in it."""
+        """Return a rotated copy of the file that was read."""
         # Earlier files may start like this one, but the copy was written after the first read. It
         # may be older than the last read: the file may have grown before it was truncated. If it
         # is older than the first read too, the clock was set back.
@@ -110,8 +116,7 @@ class FileSearch:
         for path, status in sorted(self._beside(), key=lambda found: found[1].st_mtime_ns):
             rotated = rotation_number(self._path.name, path.name) and status.st_mtime_ns >= since
             if rotated and self._holds(place, path, status):
-                more = status.st_size > place.offset or self.find_between(place, (path, status))
-                return (path, status) if more else None
+                return path, status
         return None
 
     def find_between(self, place: FilePosition, old: Found | None) -> Found | None:

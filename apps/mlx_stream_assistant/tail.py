@@ -16,7 +16,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -236,7 +236,8 @@ class TailedFile:
         assert self._place is not None
         with suppress(FileNotFoundError):
             old = self._search.find_renamed(self._place)
-            return old is not None and self._search.find_between(self._place, old) is not None
+            if old and self._search.is_rotated(old):  # not if an editor is saving the file
+                return self._search.find_between(self._place, old) is not None
         return False
 
     # --- what is new ---
@@ -254,7 +255,7 @@ class TailedFile:
             return None
         again = self._emptied and not offset and written > self._place.written
         if again and (copy := self._search.find_between(self._place, None)):
-            self._read_copy(copy, "was truncated")
+            self._read_rotated(copy, self._place, "was truncated")
             return None
         self._mtime = written
         if size != self._size:
@@ -301,26 +302,25 @@ class TailedFile:
         return self._chunk(before, data) if data else None
 
     def _begin_again(self, why: str) -> None:
-        """Go back to the beginning, or to the same position in a copy of the old text."""
+        """Go back to the beginning, or to old text that is not read yet in a rotated file."""
         assert self._place is not None and self._file is not None
         copy, self._blank = self._search.find_copy(self._place), None
-        if copy is None:
-            self._complain("")
-            self._search.forget_notices()
-            begun = os.fstat(self._file).st_mtime_ns
-            latest = max(begun, self._place.written)
-            self._place = replace(self._place, offset=0, tail=0, written=latest, begun=begun)
-            self._emptied = True
-            self._tell(f"{self.path}: {why}: reading from the beginning")
-        else:
-            self._read_copy(copy, why)
+        if copy and copy[1].st_size > self._place.offset:
+            return self._read_rotated(copy, self._place, why)
+        begun = os.fstat(self._file).st_mtime_ns
+        latest = max(begun, self._place.written)
+        start = replace(self._place, offset=0, tail=0, written=latest, begun=begun)
+        if next_one := self._search.find_between(self._place, copy):
+            return self._read_rotated(next_one, start, why)
+        self._complain("")
+        self._search.forget_notices()
+        self._place, self._emptied = start, True
+        self._tell(f"{self.path}: {why}: reading from the beginning")
 
-    def _read_copy(self, copy: Found, why: str) -> None:
-        """Go to the same position in a copy of the file."""
-        assert self._place is not None
-        path, status = copy
+    def _read_rotated(self, found: Found, place: FilePosition, why: str) -> None:
+        path, status = found
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
-        self._place, self._emptied = self._place.moved_to(status), False
+        self._place, self._emptied = place.moved_to(status), False
         self.close()
 
     def _skip(self) -> Chunk:
@@ -350,6 +350,21 @@ class TailedFile:
         elif self._complaint and not complaint:
             self._tell(f"{self.path}: can be read again")
         self._complaint = complaint
+
+
+def place_by_inode(path: Path, places: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the place of a file that was followed under another name."""
+    with suppress(OSError):
+        file = open_file(path)
+        try:
+            for place in places:
+                position = position_of(place)
+                same = position and position.is_of(os.fstat(file))
+                if position and same and last_bytes(file, position.offset) == position.tail:
+                    return place
+        finally:
+            os.close(file)
+    return None
 
 
 def position_of(values: dict[str, Any] | None) -> FilePosition | None:

@@ -128,6 +128,23 @@ def test_a_stop_saves_the_stream_and_a_start_resumes_it(start, log):
     assert assistant.process.wait(60) == 0
 
 
+def test_a_file_and_a_folder_may_be_followed_under_other_names(start, log, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    log.write_text(prose(20))
+    (folder / "a.md").write_text(prose(20, 2))
+    size = len((prose(20) + prose(20, 2)).encode())
+    assistant = start(f"--follow={log}", f"--folder={folder}")
+    assistant.until_read(size)
+    assistant.stop()
+    log.rename(tmp_path / "y.log")
+    folder.rename(tmp_path / "notes of 2026")
+    with (tmp_path / "y.log").open("a") as file:
+        file.write("more\n")
+    words = (f"--follow={tmp_path / 'y.log'}", f"--folder={tmp_path / 'notes of 2026'}")
+    assert start(*words).until_read(size + 5)["bytes_read"] == size + 5
+
+
 def test_without_its_snapshot_a_stream_is_built_again(start, log):
     log.write_text(prose(60))
     assistant = start(f"--follow={log}")

@@ -30,9 +30,9 @@ NOW = datetime(2026, 11, 27, 14, 5)
 class Looking:
     """A folder of notes, the text read from it, and its notices."""
 
-    def __init__(self, path: Path, **more):
+    def __init__(self, path: Path, places: dict[str, dict] | None = None, **more):
         self.path, self.more, self.now = path, more, 0.0
-        self.places: dict[str, dict] = {}
+        self.places = {} if places is None else places
         self.told: list[str] = []
         self.begin()
 
@@ -232,6 +232,39 @@ def test_a_note_that_cannot_be_read_is_reported_once_and_read_later(tmp_path, mo
     locked.clear()
     assert [text for _, text in looking.look(1)] == ["one\n"]
     assert len(looking.told) == 1 and looking.source.state["complaint"] == ""
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_note_that_was_moved_to_another_folder_is_not_read_again(tmp_path, restart):
+    inbox, archive = tmp_path / "inbox", tmp_path / "archive"
+    inbox.mkdir()
+    archive.mkdir()
+    (inbox / "a.md").write_text("one\n")
+    (inbox / "b.md").write_text("two\n")
+    first = Looking(inbox)
+    second = Looking(archive, first.places)
+    assert len(first.look()) == 2 and second.look() == []
+    assert (first.source.state["notes"], second.source.state["notes"]) == (2, 0)
+    (inbox / "a.md").rename(archive / "a.md")
+    shutil.copy(inbox / "b.md", archive / "b.md")  # a copy is another note
+    if restart:
+        first.begin()
+        second.begin()
+    assert second.look(3) == [("b.md", "two\n")] and first.look(3) == []
+
+
+def test_notes_are_not_read_again_when_their_folder_was_renamed(tmp_path):
+    folder, renamed = tmp_path / "notes", tmp_path / "Notes of 2026"
+    folder.mkdir()
+    (folder / "a.md").write_text("one\n")
+    looking = Looking(folder)
+    looking.look()
+    folder.rename(renamed)
+    looking.path = renamed
+    looking.begin()
+    with (renamed / "a.md").open("a") as file:
+        file.write("two\n")
+    assert looking.look(3) == [("a.md", "two\n")]
 
 
 def test_a_copy_of_a_note_is_another_and_a_link_is_not(tmp_path):

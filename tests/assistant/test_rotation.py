@@ -429,6 +429,32 @@ def test_newer_rotated_files_are_read_though_the_one_that_was_read_is_gone(path,
     assert not [line for line in reading.told if "not read" in line]
 
 
+@pytest.mark.parametrize("reused", ["x.log", "x.log.1"])
+def test_the_inode_of_a_file_that_is_gone_may_be_used_again(path, reused):
+    reading = read_one(path)
+    path.unlink()
+    write(path, b"two\n", 3)
+    rotate(path)
+    write(path, b"three\n", 4)
+    assert reading.place is not None
+    reading.place["inode"] = path.with_name(reused).stat().st_ino
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\n"
+
+
+def test_another_file_that_got_the_inode_of_an_empty_one_is_not_read(path):
+    reading = read_one(path)
+    os.truncate(path, 0)
+    reading.wait()
+    path.rename(path.with_name("other"))  # as if deleted, and another file made
+    write(path.with_name("other"), b"private\n", 3)
+    reading.source.close()
+    write(path, b"two\n", 4)
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\n"
+
+
 def test_a_backup_copy_that_has_the_old_inode_is_not_a_rotated_file(path):
     reading = read_one(path)
     path.rename(path.with_name("x.log~"))
@@ -442,6 +468,20 @@ def test_a_backup_copy_that_has_the_old_inode_is_not_a_rotated_file(path):
     reading.restart()
     reading.wait(20)
     assert reading.taken == b"one\nthree\nfour\n"
+
+
+def test_a_save_that_is_not_finished_is_no_rotation(path):
+    write(path.with_name("x.log.1"), b"of long ago\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.wait(20)
+    os.utime(path.with_name("x.log.1"), (5, 5))
+    path.rename(path.with_name("x.log~"))
+    write(path, b"on", 6)
+    assert reading.poll() == b""
+    write(path, b"e\ntwo\n", 7)
+    path.with_name("x.log~").unlink()
+    assert reading.wait(20) == b"two\n"
 
 
 def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path):
@@ -465,6 +505,17 @@ def copy_and_truncate(path: Path, second: int) -> None:
     write(path.with_name("x.log.1"), data, second)
     os.truncate(path, 0)
     os.utime(path, (second, second))
+
+
+def test_a_file_may_be_truncated_twice_with_only_the_last_copy_kept(path):
+    reading = read_one(path)
+    copy_and_truncate(path, 3)
+    write(path, b"two\n", 4)
+    copy_and_truncate(path, 5)
+    path.with_name("x.log.2").rename(path.with_name("x.log.2.gz"))
+    write(path, b"three\n", 6)
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\n"
 
 
 def test_an_empty_file_may_have_been_written_to_copied_and_truncated(path):
