@@ -6,7 +6,8 @@ An exchange is three sentences of the texts. Each exchange of a saved conversati
 added to its index as if it left the window, in turns with bare inserts of the same text into
 full-text tables with the same settings and nothing else. Questions of up to 20 words are then asked
 over these exchanges, whose times are compared with the time to the first token of a tiny model that
-recalls nothing, and over `--exchanges` exchanges. Prints one line of JSON.
+recalls nothing, and over `--exchanges` exchanges. All times are of the processor. Prints one line
+of JSON. Takes minutes.
 """
 
 import argparse
@@ -111,12 +112,11 @@ def adding(folder: Path, recall: TranscriptRecall, told: Sequence[Exchange]) -> 
 
 
 def first_tokens(chat: ChatSession, known: Sequence[str], random: Random) -> float:
-    """Return the median milliseconds to the first token of a tiny model with a full window."""
+    """Return the milliseconds until a tiny model's first token, once its window is full."""
     times = []
-    for _ in range(QUESTIONS // 2):
-        pieces, started = chat.reply(question(known, random), 6), time.perf_counter()
-        next(pieces)
-        times.append(time.perf_counter() - started)
+    for _ in range(QUESTIONS):
+        pieces = chat.reply(question(known, random), 6)
+        times.append(seconds(next, pieces))
         list(pieces)
     return 1e3 * float(np.median(times[QUESTIONS // 4 :]))
 

@@ -1,10 +1,14 @@
 """What a question finds: by its words, in any script, and nothing if no exchange answers it."""
 
+import math
 import sqlite3
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mlx_stream.recall.find import find_hits
+from mlx_stream.recall.find import LEAST_SHARE, MOST_HITS, MOST_WORDS, find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.words import LONGEST_TEXT, content_words, indexed_text
 from tests.fakes.recalling import FACTS, HOSTILE
@@ -62,6 +66,42 @@ def test_the_exchange_beside_counts_half(tmp_path):
     texts = ["Let us talk of Anna.", "She plays the cello.", *["Nothing else."] * 9]
     hits = find_hits(index_of(tmp_path, texts), "Does Anna play the cello?", "", 1, 12)
     assert [hit.number for hit in hits] == [2, 1] and hits[0].share > hits[1].share > 0.4
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_it_finds_what_a_slow_search_finds(seed, gate):
+    random, words = Random(seed), [f"w{letter}" for letter in "bcdfghjklm"]
+    texts = [random.choices(words, k=random.randrange(4)) for _ in range(random.randrange(1, 40))]
+    asked = random.sample(words, random.randrange(2, 10))
+    first, end = random.randrange(1, 9), random.randrange(1, 50)
+    index = WordIndex.in_memory()
+    index.add(enumerate(map(" ".join, texts), 1), len(texts), "")
+    hits = find_hits(index, " ".join(asked), "", first, end, gate)
+    assert [(hit.number, hit.share, hit.words) for hit in hits] == slow_hits(
+        texts, asked, first, end, LEAST_SHARE if gate else 0, 2 if gate else 1
+    )
+
+
+def slow_hits(texts, asked, first, end, least, fewest) -> list[tuple]:
+    """Look at every text for every word."""
+    having = {
+        word: {n for n, text in enumerate(texts, 1) if word in text and first <= n < end}
+        for word in asked
+    }
+    weights = {word: math.log(1 + len(texts) / (len(having[word]) + 3)) for word in asked}
+    total = math.fsum(weights.values())
+    found = sorted(filter(having.get, asked), key=lambda word: len(having[word]))[:MOST_WORDS]
+    hits = []
+    for number in range(first, end):
+        share, words, own = 0.0, [], False
+        for word in found:
+            if number in having[word]:
+                share, words, own = share + weights[word] / total, [*words, word], True
+            elif {number - 1, number + 1} & having[word]:
+                share, words = share + weights[word] / total * 0.5, [*words, word]
+        if own and share >= least and len(words) >= fewest:
+            hits.append((number, share, tuple(words)))
+    return sorted(hits, key=lambda hit: (-round(hit[1], 2), -hit[0]))[:MOST_HITS]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
