@@ -16,7 +16,7 @@ from mlx_stream.chat.conversation_snapshot import (
 from mlx_stream.chat.messages import Message
 from mlx_stream.errors import SnapshotError
 from mlx_stream.generate import snapshot
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.engines import GREEDY
