@@ -146,6 +146,8 @@ class FileSearch:
             later = []
         # If the file that was read is gone, or compressed, all newer ones are unread.
         if not ours and is_whole_rotation(others):
+            if place.offset and any(self._holds(place, path, now) for _, path, now in others):
+                raise FileNotFoundError(f"{self._given}: was renamed since it was looked for")
             later, others = others, []
         if others:
             self._tell_not_read(others, ", though newer than what was read")

@@ -142,7 +142,8 @@ class TailedFile:
                 first = "" if path == self.path else f" {path.name} first,"
                 self._tell(f"{self.path}: was replaced: reading{first} from the beginning")
             now, before = status.st_mtime_ns, self._place.written if self._place else 0
-            latest = max(now, before)  # the last file may have been written to after this one
+            # The last file may have been written to, or only trimmed, after this one.
+            latest = max(now, before, self._mtime or 0)
             place = FilePosition(status.st_dev, status.st_ino, written=latest, begun=now)
             self._emptied = False
         self._place = place

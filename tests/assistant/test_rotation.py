@@ -455,6 +455,24 @@ def test_another_file_that_got_the_inode_of_an_empty_one_is_not_read(path):
     assert reading.taken == b"one\ntwo\n"
 
 
+def test_a_file_that_is_rotated_after_it_was_looked_for_is_not_read_again(path, monkeypatch):
+    reading = read_one(path)
+    write(path, b"two\n", 3)
+    assert reading.place is not None
+    reading.place["device"] += 1  # after a restart
+    reading.restart()
+    real = tail.open_file
+
+    def rotated(*args):
+        monkeypatch.setattr(tail, "open_file", real)
+        rotate(path)
+        write(path, b"", 4)
+        return real(*args)
+
+    monkeypatch.setattr(tail, "open_file", rotated)
+    assert reading.wait(20) == b"two\n"
+
+
 def test_a_backup_copy_that_has_the_old_inode_is_not_a_rotated_file(path):
     reading = read_one(path)
     path.rename(path.with_name("x.log~"))
@@ -484,17 +502,18 @@ def test_a_save_that_is_not_finished_is_no_rotation(path):
     assert reading.wait(20) == b"two\n"
 
 
-def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path):
+@pytest.mark.parametrize("late", [b"late\n", b""])
+def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path, late):
     reading = read_one(path)
     rotate(path)
     write(path, b"", 3)
-    write(path.with_name("x.log.1"), b"late\n", 4)
+    write(path.with_name("x.log.1"), late, 4)
     reading.wait(20)
     path.with_name("new").write_bytes(b"two\n")
     os.utime(path.with_name("new"), (5, 5))
     path.with_name("new").replace(path)
     reading.wait(20)
-    assert reading.taken == b"one\nlate\ntwo\n"
+    assert reading.taken == b"one\n" + late + b"two\n"
 
 
 def copy_and_truncate(path: Path, second: int) -> None:
