@@ -110,7 +110,8 @@ class SessionWorker:
         restore: see `Engine.session`.
 
     Attributes:
-        exchanges: the attended exchanges as of the last task; replaced, never modified in place.
+        exchanges: the attended exchanges as of the last reply or task; replaced, never modified in
+            place.
         copied: the conversation to start with, if this is a copy of another session.
         idle_work: see `Session.when_idle`; None once it has begun.
     """
@@ -262,6 +263,8 @@ class SessionWorker:
         added = started and number_of_turns(chat) == turns + (not replaced)
         exchange = attended[-1].exchange if attended and added else None
         sizes = tuple(len(t.exchange.closing_ids) + len(t.exchange.ids) for t in attended)
+        # The reader of the end may ask for them before the turn has been settled.
+        self.exchanges = tuple(turn.exchange for turn in chat.evictor.state.turns)
         end = ReplyEnd(exchange, replaced, sizes, chat.tokens.failed, self._take_notices())
         plan.on_end(end)
         return end

@@ -2,12 +2,16 @@
 
 import signal
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import mlx_stream
 from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.engine.session_worker import SessionWorker
 from tests.fakes.engines import DEADLINE, GREEDY, alone
 from tests.fakes.servers import ENDLESS, PATH, Answer, RunningServer, body_of, read_answer, serving
 from tests.server.test_program import connect_when_up, program_serving, request
@@ -49,7 +53,17 @@ def test_a_session_is_continued_by_name(tiny: Path) -> None:
     assert caches == ["new", "extended", "extended", "restored", *["extended"] * 4]
 
 
-def test_a_question_is_asked_again(tiny: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_question_is_asked_again(tiny: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """Even while the last turn is being settled."""
+    update = SessionWorker.update
+
+    def update_late(self: SessionWorker, task_ended: bool) -> Any:
+        time.sleep(0.2 * task_ended)
+        return update(self, task_ended)
+
+    if late:
+        monkeypatch.setattr(SessionWorker, "update", update_late)
     with serving(tiny, **OPTIONS) as server:
         first = text_of(ask(server, "Hello"))
         second = text_of(ask(server, "And then?"))
