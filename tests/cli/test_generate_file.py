@@ -112,7 +112,7 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
     [
         ("", "is empty"),
         ("\n\n", "contains no prompts"),
-        ('"a"\n{"text": "b"}\n', "line 2: not a JSON string"),
+        ('"a"\n{"text": "b"}\n', "line 2: neither a JSON string"),
         ('"a"\nb\n', "line 2"),
         ('""\n', "line 1"),
         ("[1]\n", "line 1"),

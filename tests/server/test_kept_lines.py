@@ -320,7 +320,7 @@ def test_a_file_of_another_model_or_that_vanishes_is_cold(letters: Path, tmp_pat
             path.unlink()
         again = Client(lines, client.messages)
         again.ask("Next?")
-        assert again.reply.cache == "cold" and "is not there" in notices[1]
+        assert again.reply.cache == "cold" and "does not exist" in notices[1]
 
 
 def test_a_file_that_was_replaced_is_cold(letters: Path, tmp_path: Path) -> None:
