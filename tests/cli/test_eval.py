@@ -141,7 +141,7 @@ def test_a_peer_that_is_not_installed_is_reported(tiny: Path, text: Path) -> Non
     [
         (("--cache", "streem"), "--cache must be one of "),
         (("--cache", "stream,tokens=x"), "tokens must be a whole number"),
-        (("--cache", "stream,stride=2"), "takes tokens, chunk, kv, clock, each at most once"),
+        (("--cache", "stream,stride=2"), "expected tokens, chunk, kv, clock, each at most once"),
         (("--cache", "stream,chunk=1,chunk=2"), "each at most once, not 'chunk=2'"),
         (("--cache", "recompute,stride=²"), "stride must be a whole number, at least 1, not '²'"),
         (("--cache", "stream,chunk=-1"), "chunk must be a whole number, at least 1, not '-1'"),
