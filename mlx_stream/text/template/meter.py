@@ -7,8 +7,9 @@ from types import GeneratorType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# In CPU time, so that sleep or swapping does not stop a harmless template.
-SECONDS = 0.5
+# In CPU time, so that sleep or swapping does not stop a harmless template, which needs 0.01 s. A
+# garbage collection of a large process counts as well; it has taken half a second.
+SECONDS = 1.0
 # For all values of one render together: their characters, plus ITEM for each value and each loop
 # iteration. Harmless templates need a tenth of it.
 BUDGET, BUDGET_PER_CHARACTER, ITEM = 1_000_000, 32, 16
