@@ -7,7 +7,7 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  (a checkout; pip refuses to install it)
     raise SystemExit(
-        "mlx_stream needs Python 3.11 or newer, and this is "
+        "mlx_stream needs Python 3.11 or newer, but this is "
         f"{sys.version_info[0]}.{sys.version_info[1]}: install a newer one, for example with "
         "`uv python install 3.13`"
     )
@@ -79,7 +79,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package, in which `load` and `stream` stay functions.
+    """The package, in which `load` and `stream` remain functions.
 
     Importing a module of the same name would otherwise replace the function.
     """

@@ -1,6 +1,6 @@
-"""A model's configuration, checked and complete, in config.json's terms; no arrays.
+"""A model's configuration, checked and complete, in config.json's terms; holds no arrays.
 
-Unknown keys are ignored, except those that would change the computation. These are rejected, by
+Unknown keys are ignored, except those that would change the computation. Those are rejected by
 name: ignoring them would silently produce wrong text.
 """
 
@@ -85,7 +85,7 @@ OTHER_QUANTIZERS = ("awq", "gptq", "fp8")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one module's weight is quantized, as arguments of `mx.quantize`."""
+    """How one module's weight is quantized, as arguments to `mx.quantize`."""
 
     group_size: int
     bits: int

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# A job in the background of a script ignores Ctrl-C, and so would every program started by a test.
+# A script's background job ignores Ctrl-C, and so would every program started by a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,7 +32,7 @@ from tests.fakes import tiny_models
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters, write_model
 
-# huggingface_hub reads the environment once, when it is imported: nothing listens on port 9.
+# huggingface_hub reads the environment once, when it is imported. Nothing listens on port 9.
 NOWHERE = "http://127.0.0.1:9"
 os.environ["HF_ENDPOINT"] = NOWHERE
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "mlx_stream-tests-have-no-hub")
@@ -80,7 +80,7 @@ def starter() -> Model:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Model]:
-    """Return a function from changes to `tiny_config` to a `Model` without a tokenizer."""
+    """Return a function that makes a `Model` without a tokenizer from changes to `tiny_config`."""
 
     def make(dtype: mx.Dtype = mx.float32, seed: int = 0, **changes) -> Model:
         raw = tiny_config(**changes)

@@ -1,7 +1,7 @@
 """The slow reference: sinks, window and distances by their definitions, in numpy.
 
-Unrotated keys lie in a list, and every step rotates all attended ones again by their places. It
-shares no code with `mlx_stream` and imports no MLX, so that agreement means something.
+Unrotated keys are kept in a list, and every step rotates all attended ones again by their places.
+It shares no code with `mlx_stream` and imports no MLX, so that agreement means something.
 Shapes: n tokens, L attended tokens, H query heads, K key/value heads, D head dimension.
 """
 

@@ -135,7 +135,7 @@ class FakeTensor(np.ndarray):
 
 
 def transformers_inv_freq(monkeypatch, config: dict) -> tuple[np.ndarray, float]:
-    """Run transformers' own formulas, on numpy in place of torch."""
+    """Run transformers' own formulas, with numpy in place of torch."""
     torch = SimpleNamespace(
         int64=np.int64,
         float=np.float64,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_stream"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
-# Every README by its path, and the log of benchmarks.
+# Every README by its path, the benchmark log and the changelog.
 READMES = {
     str(path.relative_to(ROOT)): path.read_text("utf-8")
     for folder in ("", "mlx_stream/**", "apps/**", "convert", "tests/**")
@@ -152,7 +152,7 @@ def test_public_names_are_complete(name):
 
 # Programs may use the names in `__all__` of these modules.
 PUBLIC = ("mlx_stream", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub")
-# Programs may use all names without an underscore in these modules, and in what they contain.
+# Programs may use all names without an underscore in these modules, and in their submodules.
 PUBLIC_WHOLE = ("mlx_stream.errors", "mlx_stream.program")
 APPS = ROOT / "apps"
 PROGRAM_FILES = sorted(p for folder in (APPS, ROOT / "convert") for p in folder.rglob("*.py"))
@@ -318,7 +318,7 @@ def test_the_readme_is_short_and_each_one_begins_with_its_subject():
 
 
 def anchors(text: str) -> set[str]:
-    """Return what GitHub calls the headings of a page."""
+    """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
     )
@@ -381,7 +381,7 @@ def test_no_two_modules_have_one_name():
 
 
 def test_no_public_name_stands_for_two_things():
-    """A verb in `cli/` may have the name of what it runs, and helpers of its own."""
+    """A verb in `cli/` may share the name of what it runs, and have helpers of its own."""
     places: dict[str, list[Path]] = {}
     for path in MODULES:
         if "cli" in path.relative_to(PACKAGE).parts:

@@ -180,8 +180,8 @@ def install(settings: Settings) -> None:
     settings.check()
     path, trouble = login_service(settings, assistant_paths(settings.name).log).install()
     if trouble:
-        fail(f"installed as {path}, but it could not be started: {trouble}")
-    notify(f"installed as {path}")
+        fail(f"installed at {path}, but it could not be started: {trouble}")
+    notify(f"installed at {path}")
 
 
 @app.command()

@@ -41,9 +41,9 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 BETWEEN_COUNTS = 60.0
 # Seconds before a failed write to the journal is retried.
 AGAIN = 10.0
-# After a second failure of the device within this many seconds, the stream pauses for that long.
+# After a second device failure within this many seconds, the stream pauses for that long.
 BETWEEN_FAILURES = 600.0
-# Stopping may take one second; running work must end within this part of it.
+# Stopping may take one second; work in progress must end within this part of it.
 LAST_WORDS = 0.5
 
 
@@ -95,7 +95,7 @@ class Assistant:
         self._stopping = True
 
     def _end(self) -> None:
-        """End all threads; unfinished work is done at the next start."""
+        """End all threads; unfinished work resumes at the next start."""
         self._stopping = True
         self.handler.stopping.set()
         if self.handler.feeder:
@@ -127,7 +127,7 @@ class Assistant:
             if one in ready:
                 steps[one]()
 
-    # --- beginning ---
+    # --- starting ---
 
     def _open_sources(self) -> None:
         settings, journal = self.settings, self._journal

@@ -1,7 +1,7 @@
 """Feeds the journal's chunks to the listener, in order, on a thread; independent of sources.
 
-It also saves the stream, with the number of its last chunk, and then removes chunks that are no
-longer needed from the journal.
+It also saves the stream, with the number of its last chunk, and then removes from the journal
+any chunks that are no longer needed.
 """
 
 import threading
@@ -22,7 +22,7 @@ REST = 60.0
 CHARACTERS = 32
 # Seconds before a failed save is retried.
 AGAIN = 30.0
-# The maximum number of seconds that one attempt to feed takes.
+# The maximum number of seconds that one attempt to feed may take.
 PATIENCE = 0.2
 
 

@@ -56,7 +56,7 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
-# The most characters in a chunk; longer texts are split.
+# The maximum number of characters in a chunk; longer texts are split.
 LONGEST_CHUNK = 4096
 # After this long, a new heading is written even if the source is the same.
 HEADING_AGAIN = timedelta(minutes=15)
@@ -205,7 +205,7 @@ class Journal:
         return self._value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
-        """Return how many bytes were read up to the end of a chunk: all except later chunks'."""
+        """Return how many bytes were read up to the end of a chunk: excluding later chunks."""
         later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
         return int(self._value(f"SELECT bytes - ({later}) FROM about", number))
 
@@ -261,7 +261,7 @@ class Journal:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep other threads out, and report errors with the file in one line."""
+        """Keep other threads out, and report errors in the file in one line."""
         with self._lock, sqlite.reporting_errors(self.path, "journal"):
             yield
 

@@ -1,4 +1,4 @@
-"""A folder of notes -> what is new in them; keeps no file open between two polls.
+"""A folder of notes -> what is new in them; keeps no file open between polls.
 
 A note is read in full once it has not changed between two scans. If it has only grown since, the
 new part is read; if it has changed in any other way, it is read again in full, under its own
@@ -24,7 +24,7 @@ from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import open_file
 
 SUFFIXES = (".txt", ".md", ".markdown")
-# Seconds between two scans of a folder's names.
+# Seconds between scans of a folder's names.
 BETWEEN = 2.0
 # Scans of a large folder are further apart: scanning takes at most this share of the time.
 PART_OF_THE_TIME = 0.005
@@ -67,7 +67,8 @@ class NotesFolder:
         self._before = deque[dict[str, Any]](maxlen=MOST_BEFORE)
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
-        # Refused notes, as they were then, and why. None: permission to read one may change later.
+        # Refused notes: what each looked like then (None if it could not be read, which
+        # may change), and why it was refused.
         self._refused: dict[str, tuple[Seen | None, str]] = {}
 
     @property
@@ -81,7 +82,7 @@ class NotesFolder:
         }
 
     def poll(self) -> Chunk | None:
-        """Return what is new in one note, or None; the same again until `ack` is called."""
+        """Return what is new in one note, or None; the result is the same until `ack` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
             self._look()
@@ -133,7 +134,7 @@ class NotesFolder:
         self._refused = {path: why for path, why in self._refused.items() if path in found}
         self._looked = found
         if self._changed:
-            # A note that has changed may be a new one, and the old one may have another name now.
+            # A note that has changed may be a new one, and the old one may have a new name now.
             gone = [p for path, p in self._places.items() if self._seen(path, found) != p["seen"]]
             gone += self._before  # a new note may be read before the old one
             sizes = sorted({place["bytes"] for place in gone} - {0})
@@ -188,7 +189,7 @@ class NotesFolder:
                 return None
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
-                    f"{path}: is {status.st_size:,} bytes long, and a note may be at most "
+                    f"{path}: is {status.st_size:,} bytes long, but a note may be at most "
                     f"{LONGEST_NOTE:,}: use --follow instead"
                 )
             data = file.read(LONGEST_NOTE)
@@ -216,7 +217,7 @@ class NotesFolder:
         return found
 
     def _refuse(self, path: str, why: str, seen: Seen | None) -> None:
-        """Report once why a note is not read; it is tried again when it is not as it was `seen`."""
+        """Report once why a note is not read; it is retried once it no longer matches `seen`."""
         if self._refused.get(path) != (seen, why):
             self._tell(why)
         self._refused[path] = seen, why

@@ -28,7 +28,7 @@ def assistant_paths(name: str) -> AssistantPaths:
     if not NAME.fullmatch(name):
         raise AssistantError(
             f"{name[:80]!r} is not a valid assistant name; expected 1 to 32 letters (a-z, A-Z), "
-            "digits, '-', '_' and '.', and neither '.' nor '-' first"
+            "digits, '-', '_' and '.', not starting with '.' or '-'"
         )
     data, cache = data_folder("assistant"), cache_folder("assistant")
     return AssistantPaths(

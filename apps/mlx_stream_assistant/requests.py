@@ -22,7 +22,7 @@ NOTE = "Summarize the text above in two sentences."
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 # In characters; a longer question would evict most of the attended text, and take minutes.
 LONGEST_QUESTION = 4_000
-# Up to this many characters are read before an answer without a notice, because it is quick.
+# If at most this many characters must be read before an answer, there is no notice: it is quick.
 UNTOLD = 500
 # Seconds between reports of how much remains to be read.
 BETWEEN_REPORTS = 1.0
@@ -71,7 +71,7 @@ class RequestHandler:
             remember, now = request.get("remember") is True, request.get("now") is True
             yield from self._ask(question, remember, now)
         else:
-            raise AssistantError("the `what` of a request must be status, stop, note or ask")
+            raise AssistantError("a request's `what` must be status, stop, note or ask")
 
     def note(self) -> str | None:
         """Write and return a note on the text since the last one; None if there is no new text."""
@@ -98,7 +98,7 @@ class RequestHandler:
             listener, feeder = self._ready()
             if not now:
                 yield from self._read_first(listener, feeder)
-                # Do not wait for text that has arrived since then, or the answer might never come.
+                # Do not wait for text that came after the question, or the answer might never come.
                 now = listener.backlog > UNTOLD
             texts, since = [], self._reaches_back(listener, feeder)
             for text in self._pieces(question, LONGEST_ANSWER, now):

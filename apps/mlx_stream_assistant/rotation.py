@@ -21,14 +21,14 @@ MOST_NAMES = 100_000
 BACKUPS = "~", ".bak"
 # The suffixes that rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
-# What some add before its last suffix: a date, of eight digits at least.
+# A date that some programs insert before the name's last suffix: at least eight digits.
 DATED = re.compile(r"[-._]{1,2}(?=(?:\D*\d){8})\d[\d.:T_-]*\d", re.ASCII)
 # The size of the blocks, in bytes, in which zeros are skipped.
 ZEROS = 2**20
 # The maximum number of file names in a notice.
 MOST_SHOWN = 10
-# How many seconds names must be in no clear order before their files are skipped: another program
-# may be renaming them right now.
+# How many seconds names must remain in no clear order before their files are skipped: until then,
+# another program may still be renaming them.
 UNCLEAR = 3.0
 Found = tuple[Path, os.stat_result]
 # A naming scheme and numbers; later files have higher numbers.
@@ -45,7 +45,7 @@ class FilePosition:
     offset: int = 0
     tail: int = 0  # CRC-32 of the last bytes before `offset`.
     written: int = 0  # The file's modification time at that point, in nanoseconds since 1970.
-    begun: int = 0  # Likewise, when it was read from its beginning.
+    begun: int = 0  # The same, at the time when reading began at offset 0.
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
@@ -77,8 +77,8 @@ class FileSearch:
         """Return the current location of the file that was being read.
 
         Its device number may change when the machine restarts, and its inode number if an editor
-        saved it before it was renamed. If nothing was read yet, its new name has to show that it
-        is the one: another file may have got the inode.
+        saved it before it was renamed. If nothing has been read yet, its new name must show that
+        it is the same file: another file may have been given the inode.
         """
         files = self._beside()
         same = [
@@ -147,7 +147,7 @@ class FileSearch:
         # If the file that was read is gone, or compressed, all newer ones are unread.
         if not ours and is_whole_rotation(others):
             if place.offset and any(self._holds(place, path, now) for _, path, now in others):
-                raise FileNotFoundError(f"{self._given}: was renamed since it was looked for")
+                raise FileNotFoundError(f"{self._given}: has been renamed since it was looked up")
             later, others = others, []
         if others:
             self._tell_not_read(others, ", though newer than what was read")
@@ -261,7 +261,8 @@ def in_rotation_order(ours: RotationNumber, since: float, later: list[Rotated]) 
     """
     scheme, (turn, *_) = ours
     turns = [number for (_, (number, *_)), _, _ in later]
-    # An empty file is often older than the last line of the one before it: its writer was late.
+    # An empty file is often older than the last line of the file before it, because the program
+    # kept writing to that file for a moment.
     times = [status.st_mtime_ns for _, _, status in later if status.st_size]
     whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])
     return whole and all(a <= b for a, b in pairwise([since, *times]))

@@ -73,7 +73,9 @@ class Settings:
                 raise AssistantError(f"{text!a}: is not valid UTF-8: rename it, or leave it out")
         for path in read:
             if self.notes is not None and is_same_file(path, self.notes):
-                raise AssistantError(f"{path}: cannot be both read and written")
+                raise AssistantError(
+                    f"{path}: cannot be both read and written: use another --notes file"
+                )
         for folder in self.folder:
             for other in self.folder:
                 if folder != other and folder.is_relative_to(other):

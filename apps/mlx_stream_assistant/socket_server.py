@@ -24,7 +24,7 @@ MOST_AT_ONCE = 32
 PATIENCE = 10.0
 # Seconds allowed for a refused caller to finish sending, and for a descriptor to become free.
 BRIEFLY = 0.1
-# The longest path of a socket, in bytes: 104 on a Mac, including the final null byte.
+# The maximum length of a socket path, in bytes: 104 on a Mac, including the final null byte.
 LONGEST_PATH = 103
 Answer = Generator[dict[str, Any], None, None]
 
@@ -112,7 +112,7 @@ def receive(caller: socket.socket) -> dict[str, Any]:
         line += part
         if len(line) > LONGEST_REQUEST:
             drain(caller)
-            raise AssistantError(f"a request may have at most {LONGEST_REQUEST:,} bytes")
+            raise AssistantError(f"a request may be at most {LONGEST_REQUEST:,} bytes long")
         if not part:
             break
     caller.settimeout(PATIENCE)
@@ -139,7 +139,7 @@ def request(path: Path, name: str, **what: Any) -> Answer:
     """Send a request to the listening process; yield the lines of its answer."""
     if len(json.dumps(what)) >= LONGEST_REQUEST:
         raise AssistantError(
-            f"the request is too long: it may have at most {LONGEST_REQUEST:,} bytes"
+            f"the request is too long: it may be at most {LONGEST_REQUEST:,} bytes long"
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         try:

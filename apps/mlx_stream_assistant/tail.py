@@ -5,7 +5,7 @@ checksum of the last of those bytes. So a file that was renamed to make room for
 to its end first, whatever its new name is. A file with a different inode but the same bytes counts
 as the same file: an editor saved it, or a disk was remounted. A file that was truncated or
 rewritten is read from its beginning, after the rest of its old text if there is a copy next to it.
-Files that were created and renamed between two polls are read in between, oldest first, as are
+Files that were created and renamed between polls are read in between, oldest first, as are
 those that existed before the first poll:
 
     x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
@@ -81,7 +81,7 @@ class TailedFile:
         self._emptied = False  # the file was truncated, so it may be copied and truncated again
         self._complaint = ""
         self._blank: tuple[int, int] | None = None  # size and mtime when no text was found
-        self._given_up: FilePosition | None = None  # has no more text and is no longer searched for
+        self._given_up: FilePosition | None = None  # a file with no text left, not searched for
         self._search = FileSearch(path, tell, clock)
 
     @property
@@ -103,7 +103,7 @@ class TailedFile:
                     return chunk
         except NotText as error:
             self._complain(f"{error}; not read until another file replaces it")
-        except FileNotFoundError:  # renamed between two checks: look again
+        except FileNotFoundError:  # renamed between checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
@@ -142,7 +142,7 @@ class TailedFile:
                 first = "" if path == self.path else f" {path.name} first,"
                 self._tell(f"{self.path}: was replaced: reading{first} from the beginning")
             now, before = status.st_mtime_ns, self._place.written if self._place else 0
-            # The last file may have been written to, or only trimmed, after this one.
+            # The previous file may have been written to, or only trimmed, after this one.
             latest = max(now, before, self._mtime or 0)
             place = FilePosition(status.st_dev, status.st_ino, written=latest, begun=now)
             self._emptied = False
@@ -269,7 +269,7 @@ class TailedFile:
     def _around(self, offset: int) -> tuple[bytes, bytes]:
         """Return the bytes before an offset of the open file, and a chunk from there.
 
-        They are read at once: between two reads, the file may be truncated and written again.
+        Both come from one read: between two reads, the file may be truncated and written again.
         """
         assert self._file is not None
         before = min(offset, TAIL)
@@ -303,7 +303,7 @@ class TailedFile:
         return self._chunk(before, data) if data else None
 
     def _begin_again(self, why: str) -> None:
-        """Go back to the beginning, or to old text that is not read yet in a rotated file."""
+        """Go back to the beginning, or to old text that has not been read in a rotated file."""
         assert self._place is not None and self._file is not None
         copy, self._blank = self._search.find_copy(self._place), None
         if copy and copy[1].st_size > self._place.offset:
@@ -334,7 +334,7 @@ class TailedFile:
         return self._chunk(self._around(offset)[0], b"", offset)
 
     def _chunk(self, before: bytes, data: bytes, offset: int | None = None) -> Chunk:
-        """Return data read at an offset (by default, the current one), after other bytes."""
+        """Return a chunk of data read at an offset (default: the current one), after `before`."""
         assert self._place is not None
         offset = self._place.offset if offset is None else offset
         end, tail = offset + len(data), zlib.crc32((before + data)[-TAIL:])

@@ -100,7 +100,7 @@ def as_text(said: Sequence[Message]) -> str:
 
 
 def check_display() -> None:
-    """Exit with one line if there is no display; Qt would abort the process."""
+    """Exit with a one-line message if there is no display; Qt would abort the process."""
     names = "DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"
     if sys.platform == "linux" and not any(map(os.environ.get, names)):
         fail("there is no display to show a window on; `mlx_stream chat` works without one")
@@ -119,6 +119,6 @@ def main(
     check_display()
     try:
         app = Desktop(given.model, given.window)
-    except ImportError as error:  # Toga imports what draws the window, which needs system libraries
-        fail(f"the window cannot be drawn: {error}; on Linux, install what Qt needs")
+    except ImportError as error:  # Toga imports its GUI backend, which needs system libraries
+        fail(f"the window cannot be drawn: {error}; on Linux, install the libraries that Qt needs")
     app.main_loop()

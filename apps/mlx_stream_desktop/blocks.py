@@ -22,7 +22,7 @@ class Block:
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Return the blocks of a Markdown text; inline styles are dropped."""
+    """Return the blocks of Markdown text; inline styles are dropped."""
     return [*blocks_in(parse_markdown(text).children)]
 
 

@@ -89,7 +89,7 @@ class ModelSession:
         """Load a model in place of the current one; return False if closed in the meantime.
 
         Args:
-            tell: called repeatedly with a line of progress.
+            tell: called repeatedly with a progress message.
 
         Raises:
             MlxStreamError: the model cannot be loaded.

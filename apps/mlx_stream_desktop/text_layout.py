@@ -7,7 +7,7 @@ WORD_JOINER = "\N{WORD JOINER}"
 
 
 def visible(text: str) -> str:
-    """Return a text as it is shown: truncated, with tabs as spaces, without control characters."""
+    """Return text as it is shown: truncated, with tabs as spaces, without control characters."""
     if len(text) > LONGEST_SHOWN:
         text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"
     text = text.replace("\r\n", "\n").replace("\t", "    ")

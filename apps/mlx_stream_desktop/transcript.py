@@ -202,7 +202,7 @@ class Transcript:
         self._follows = where.vertical_position >= end - NEAR_THE_END
 
     def _wrap(self, text: str, width: float, is_code: bool = False) -> str:
-        """Return a text broken into lines of the given width."""
+        """Return text broken into lines of the given width."""
         return wrap(text, width, lambda part: self._measure(part, is_code))
 
     def _width_of(self, text: str, is_code: bool) -> float:

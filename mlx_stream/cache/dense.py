@@ -76,7 +76,7 @@ class DenseCache:
 
     def rewind(self, count: int) -> None:
         if not 0 <= count <= self.length:
-            raise ValueRefused(f"cannot roll back {count} tokens: {self.length} were read")
+            raise ValueRefused(f"cannot roll back {count} tokens: only {self.length} were read")
         self.length -= count
         self.keys = [*self.keys]  # a new version
 

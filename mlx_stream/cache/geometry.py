@@ -126,7 +126,7 @@ class Geometry:
         return min(prefix_rows, self.rows)
 
     def chunk_prefix_rows(self, last: int) -> int:
-        """Return the same in finer steps, because a whole chunk is multiplied with each row."""
+        """Return the same in finer steps, because each row is multiplied by a whole chunk."""
         step = EXTENT_STEP
         while 8 * step <= last:
             step *= 2

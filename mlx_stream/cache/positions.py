@@ -31,7 +31,7 @@ class Rope:
         self.score_factor = config.attention_factor**2 if whole else 1.0
         self.periods = mx.array((1.0 / self.frequencies).astype(np.float32))
         # Evaluated here for `token_rotation`; otherwise every traced step would recompute them. The
-        # reciprocal is that of `mx.fast.rope`, so both use the same angles.
+        # reciprocal is computed as in `mx.fast.rope`, so both use the same angles.
         rates, ones = mx.reciprocal(self.periods), mx.ones_like(self.periods)
         still = mx.zeros(head_dim - self.rotary_dim)
         self._rates = mx.concatenate([rates, rates, still])

@@ -98,7 +98,8 @@ class StreamCache:
             ring = self.geometry.ring
             self.storage = QuantizedStorage(kv_heads, sinks, ring, head_dim, dtype, bits)
         self.clock_limit = max(clock_limit, self.lowest_clock_limit)
-        # MLX would reuse freed buffers that are a little too large, and never update them in place.
+        # Otherwise MLX would reuse freed buffers that are slightly too large, and it never updates
+        # those in place.
         mx.clear_cache()
         self.current = CacheState(
             StreamPosition(length=0, floor=sinks, clock=0),
@@ -242,7 +243,7 @@ class StreamCache:
             ValueRefused: tokens have been evicted, and `count` exceeds what the ring holds.
         """
         if not 0 <= count <= self.rewindable:
-            raise ValueRefused(f"cannot roll back {count} tokens, only {self.rewindable}")
+            raise ValueRefused(f"cannot roll back {count} tokens, only up to {self.rewindable}")
         self._move(self.geometry.rewind(self.position, count))
 
     def evict(self, count: int) -> None:
@@ -406,5 +407,5 @@ def check_quantizable(head_dim: int, bits: int) -> None:
     if head_dim % GROUP_SIZE:
         raise ValueRefused(
             f"`kv_bits` needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
-            f"{head_dim}: leave it out"
+            f"{head_dim}: leave out `kv_bits`"
         )

@@ -21,7 +21,7 @@ KIND = "conversation"
 def save_conversation(
     path: Path, chat: ChatSession, note: Mapping[str, Any]
 ) -> Generator[None, None, None]:
-    """Write a conversation to `path`, replacing any file there; a generator, see `save_steps`.
+    """Write a conversation to `path`, replacing any file there; a generator (see `save_steps`).
 
     Args:
         note: saved with it, as plain JSON values.

@@ -122,7 +122,7 @@ def ids_of(turns: Sequence[PlacedTurn]) -> tuple[int, ...]:
 
 
 def unread_ids(pinned: Sequence[int], turns: Sequence[PlacedTurn], length: int) -> tuple[int, ...]:
-    """Return those ids of the pinned beginning and some turns that a stream has not read yet.
+    """Return the ids of the pinned beginning and of some turns that a stream has not read yet.
 
     Args:
         length: how many tokens the stream has read.

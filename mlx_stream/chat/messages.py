@@ -30,7 +30,7 @@ class Message:
     thinking: str = ""
 
 
-# The messages of a turn, or the text of its only message, the user's.
+# The messages of a turn, or only the text if the turn is a single user message.
 Question = str | Sequence[Message]
 
 
@@ -104,7 +104,7 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
             "a tool message, or undo the reply"
         )
     if calls and any(message.role != "tool" for message in found):
-        raise ValueRefused("tool results are a turn of their own: ask in the next turn")
+        raise ValueRefused("tool results must be a turn of their own: ask in the next turn")
     return tuple(found)
 
 

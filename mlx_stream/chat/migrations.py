@@ -3,7 +3,7 @@
 Version 1 had two rows of `messages` per exchange, each with a checksum that covers the previous
 one:
 
-    origin     = SHA-256 of the session's id and when it was created
+    origin     = SHA-256 of the session's id and creation time
     checksum 1 = SHA-256 of origin,     1, "user",      "Hi",     ids, ...
     checksum 2 = SHA-256 of checksum 1, 2, "assistant", "Hello.", ids, ...
 """
@@ -106,7 +106,7 @@ TABLES = {
 
 
 def prepare_database(connection: sqlite3.Connection, lock: Path | None) -> None:
-    """Check that a file is a transcript, and convert it to this version's tables and journal.
+    """Check that a file is a transcript, and convert it to this version's tables and journal mode.
 
     Args:
         lock: see `migrate`.

@@ -44,7 +44,7 @@ class ReplyFormat:
         style = call_style_of(self.template.source)
         if self.template.tools and not style:
             raise TemplateError(
-                "the tool calls of this model's template have an unsupported format: leave "
+                "this model's template writes tool calls in an unsupported format: leave "
                 "out tools, or use another model"
             )
         return style if self.template.tools else None

@@ -111,7 +111,7 @@ def open_steps(
 
     Args:
         notify: called with a line that says what is read again and why.
-        progress: called while turns are read again, with the tokens read and the total.
+        progress: called while turns are being reread, with the tokens read and the total.
 
     Raises:
         SessionError: another process has the session open, or it is damaged.

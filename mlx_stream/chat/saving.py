@@ -147,7 +147,7 @@ class SavedSession:
         self.flush()
         if not 1 <= number < state.first:
             attended = state.first <= number <= self.chat.number
-            reason = "is still attended: /undo removes it" if attended else "does not exist"
+            reason = "is still attended to: /undo removes it" if attended else "does not exist"
             raise ValueRefused(f"exchange {number:,} {reason}")
         (turn,) = self.store.turns(number, 1)
         self.store.forget(number)

@@ -1,4 +1,4 @@
-"""A conversation on one stream, reading only the new tokens of each turn; independent of files.
+"""A conversation on one stream that reads only each turn's new tokens; independent of files.
 
 The beginning (a system prompt) is pinned: its tokens are the stream's sinks. To make room, the
 oldest turns are evicted whole, so that the stream always attends to a conversation that the model's
@@ -191,8 +191,8 @@ class ChatSession:
             question: a text, or the messages of a turn: user messages, further system messages, or
                 the results of the tools that the last reply called. A final assistant message is
                 the beginning of the reply; the pieces continue it.
-            progress: called with the tokens read and the total, first while earlier turns are read,
-                if necessary, and then while the question is read.
+            progress: called with the tokens read and the total, first while earlier turns are being
+                read, if necessary, and then while the question is.
             options: see `ReplyOptions`.
 
         Raises:
@@ -287,7 +287,7 @@ class ChatSession:
         """
         turns = self._settle()
         if not 0 <= back <= len(turns) + bool(self.pending):
-            raise ValueRefused(f"cannot undo {back} of {plural(len(turns))}")
+            raise ValueRefused(f"cannot undo {plural(back)}: the window holds {len(turns):,}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
         # The turns that leave the copy's window are not those that leave this session's.
@@ -381,7 +381,7 @@ class ChatSession:
         """Change the system prompt or the window, and reread the attended turns.
 
         Args:
-            progress: called while the turns are read, with the tokens read and the total.
+            progress: called while the turns are being read, with the tokens read and the total.
 
         Raises:
             TemplateError, ValueRefused, MemoryRefused: as in the constructor; the session is then
@@ -486,7 +486,9 @@ class ChatSession:
         sampler: Sampler,
     ) -> Coroutine[Piece, None]:
         if self.tokens.failed:
-            self._notify("the attended turns are read again: a step of the previous reply failed")
+            self._notify(
+                "the attended turns are being read again: a step of the previous reply failed"
+            )
             yield from self.restart_steps(self.system, self.stats.window)
         turns = self._settle()
         unread = len(unread_ids(self.prompts.pinned, turns, self.tokens.length))
@@ -862,7 +864,7 @@ class ChatSession:
         if pinned > geometry.window:
             self._notify(
                 f"the system prompt of {pinned:,} tokens is longer than the window of "
-                f"{geometry.window:,}, and is attended in addition to it"
+                f"{geometry.window:,}, and is attended to in addition to it"
             )
         self._count()
 

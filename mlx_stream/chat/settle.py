@@ -52,7 +52,7 @@ def empty_ring(writer: Writer) -> None:
 
 
 def place_again(turns: Sequence[PlacedTurn], first: int, window: int) -> tuple[PlacedTurn, ...]:
-    """Return the newest turns that fit in a window (at least one), repositioned from `first` on."""
+    """Return the newest turns that fit in a window (at least one), moved to start at `first`."""
     fitting: list[PlacedTurn] = []
     for turn in reversed(turns):
         closing = fitting[-1].exchange.closing_ids if fitting else ()

@@ -226,7 +226,7 @@ class Store(AbstractContextManager["Store"]):
         clear_log(self.connection)
 
     def update(self, header: SessionHeader) -> None:
-        """Replace the header, except for the id and the time of creation.
+        """Replace the header, except for the id and the creation time.
 
         Raises:
             SessionError: the header cannot be written, or belongs to another session.

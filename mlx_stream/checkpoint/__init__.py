@@ -24,8 +24,9 @@ class Checkpoint:
         tokenizer: the text of `tokenizer.json`.
         tokenizer_config: the content of `tokenizer_config.json`, with the `chat_template`.
         generation_config: the content of `generation_config.json`, or an empty dict.
-        images: whether the model also reads images; its parts for images are left out.
-        dtype: the dtype of its floats, if scales may be wider; None if its tensors show it.
+        images: whether the model also reads images; its image components are left out.
+        dtype: the dtype of its floats, if scales may be wider; None if it can be inferred from the
+            tensors.
         dequantized: by module path, the original type of each matrix whose type MLX does not
             support; its tensor holds floats.
     """

@@ -1,6 +1,6 @@
 """Translates a GGUF header's keys, as named by llama.cpp, to a config.json; reads no tensor data.
 
-Defaults are llama.cpp's. Anything that llama.cpp computes and this package does not is refused by
+Defaults are llama.cpp's. Anything that llama.cpp computes but this package does not is refused by
 name.
 """
 

@@ -56,7 +56,7 @@ TENSOR_TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """The location of one tensor: `offset` from the start of the file `path` and `size`, in bytes.
+    """The location of one tensor: `size`, and `offset` from the start of the file `path`, in bytes.
 
     `shape` is in NumPy's order, which is the reverse of GGUF's.
     """
@@ -279,8 +279,8 @@ class Parser:
             end = offset + tensor.size
             if end > self.size:
                 raise CheckpointError(
-                    f"{self.file}: the tensor {name} ends at byte {end} and the file at "
-                    f"{self.size}: it is truncated or damaged; download it again"
+                    f"{self.file}: the tensor {name} ends at byte {end}, but the file ends "
+                    f"at {self.size}: it is truncated or damaged; download it again"
                 )
             placed[tensor.name] = replace(tensor, offset=offset)
         return placed

@@ -15,8 +15,8 @@ from mlx_stream.errors import TokenizerError
 
 SPACE = "\u2581"
 NORMAL, BYTE = 1, 6
-# The most characters in all pieces together; each may end the first half of a merge. The largest
-# known vocabulary, Gemma's, has 1.9 million, and none of its pieces is longer than 93.
+# The maximum number of characters in all pieces together; each may end the first half of a merge.
+# The largest known vocabulary, Gemma's, has 1.9 million, and none of its pieces is longer than 93.
 MOST_CHARACTERS = 2**22
 LONGEST_PIECE = 128
 

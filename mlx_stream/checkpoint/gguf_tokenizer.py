@@ -81,7 +81,7 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
     """Return the text of tokenizer.json and the content of tokenizer_config.json.
 
     Args:
-        vocab_size: the number of rows of the embedding, which limits the token ids.
+        vocab_size: the number of embedding rows, which limits the token ids.
 
     Raises:
         TokenizerError: the kind of tokenizer is not supported, or its tables are inconsistent.
@@ -97,7 +97,7 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
     tokens = strings(keys, "tokenizer.ggml.tokens")
     if not 0 < len(tokens) <= vocab_size:
         raise TokenizerError(
-            f"{keys.where}: {len(tokens)} tokens for an embedding of {vocab_size} rows"
+            f"{keys.where}: there are {len(tokens)} tokens, but the embedding has {vocab_size} rows"
         )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
@@ -216,7 +216,7 @@ def added_tokens(
     entries = []
     for index in sorted(special | set(np.flatnonzero(kinds == USER_DEFINED).tolist())):
         if not tokens[index]:
-            raise TokenizerError(f"{keys.where}: token {index} is special and empty")
+            raise TokenizerError(f"{keys.where}: token {index} is special but empty")
         entry = {"id": index, "content": tokens[index], "special": index in special}
         entries.append(
             entry | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -252,7 +252,7 @@ def bos_and_eos(
         wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)
         if wanted and named[role] is None:
             raise TokenizerError(
-                f"{keys.where}: texts begin or end with {role}, and there is no "
+                f"{keys.where}: texts begin or end with {role}, but there is no "
                 f"tokenizer.ggml.{role}_token_id: the file is incomplete"
             )
         found.append(named[role] if wanted else None)

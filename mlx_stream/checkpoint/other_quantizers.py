@@ -191,15 +191,15 @@ def read_packing(keys: Keys, method: str) -> "Packing":
     forms = ("gemm",) if method == "awq" else ("gptq", "gptq_v2")
     if form not in (None, *forms) or bits not in ((4,) if method == "awq" else (2, 4, 8)):
         raise ConfigError(
-            f"config: quantization_config: {method} of {bits} bits in format {str(form)[:40]!r} is "
-            "not supported"
+            f"config: quantization_config: {method} with {bits} bits in format {str(form)[:40]!r} "
+            "is not supported"
         )
     if group != -1:
         group = keys.count("group_size", 128)
         if group not in GROUPS and group % GROUPS[-1]:
             raise ConfigError(
                 f"config: quantization_config: group_size {group} is not supported (supported: "
-                f"{', '.join(map(str, GROUPS))} and its multiples, -1)"
+                f"{', '.join(map(str, GROUPS))}, multiples of {GROUPS[-1]}, and -1)"
             )
     lowest = 1 if method == "gptq" and form != "gptq_v2" else 0
     return Packing(method == "awq", bits, group, lowest)

@@ -5,10 +5,10 @@ A pattern is accepted only if matching takes time proportional to the length of 
 
 - In a branch or a group, nothing that can fail follows an unbounded repetition, so whatever was
   read is matched, and is read only once: `\\p{L}+`, `(?:a b*)+`, but not `a*b`.
-- A branch may break that rule if the next branch that obeys it is sure to match what was read in
-  vain: `\\s*\\n|\\s+`, but not `\\s*\\n` alone.
+- A branch may break that rule if the next branch that obeys it is certain to match what the
+  failed branch read: `\\s*\\n|\\s+`, but not `\\s*\\n` alone.
 - Two kinds of published patterns break the rule anyway, rereading a run of whitespace or digits
-  from each of its characters. They are accepted where the length of runs can be limited.
+  starting at each of its characters. They are accepted where the length of runs can be limited.
 """
 
 import math
@@ -121,7 +121,7 @@ def refused(pattern: str, at: int) -> ValueError:
 
 
 def is_made_up_for(branch: Branch, later: Sequence[Branch]) -> bool:
-    """Return whether the next branch that does not fail late matches what this one read in vain.
+    """Return whether the next branch that does not fail late matches what this one had read.
 
     It must begin in the same way, repeating the same single-character item, so that both branches
     stop where that run ends.

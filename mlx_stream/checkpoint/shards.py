@@ -128,7 +128,7 @@ def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array])
 
 
 def check_shard(path: Path) -> Declared:
-    """Check header, offsets and size of a safetensors file; return what it declares."""
+    """Check the header, offsets and size of a safetensors file; return what it declares."""
     damaged = f"{path}: damaged or truncated; fetch it again"
     try:
         with path.open("rb") as opened:

@@ -15,7 +15,8 @@ from typing import Any
 from mlx_stream.checkpoint.patterns import MAX_COST, SLOW_COST, check_regex, is_slow
 from mlx_stream.errors import TokenizerError
 
-# Lists, objects and their items; the largest vocabularies and their merges have two million.
+# Lists, objects and their items in a file. The largest vocabularies with their merges contain two
+# million.
 MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
@@ -24,7 +25,7 @@ MAX_ADDED = 1_000_000  # characters of all added tokens: the library takes 100 b
 MAX_TOKEN = 2_000  # characters
 MAX_AFFIX = 64  # characters of a prefix, suffix or separator
 MAX_TEMPLATE = 64
-# The most that normalization may multiply a text's length.
+# The maximum factor by which normalization may multiply a text's length.
 MAX_EXPANSION = 64
 
 Step = Mapping[str, Any]
@@ -182,7 +183,7 @@ def check_added_tokens(tokens: Any) -> None:
     for token in tokens or ():
         content = token.get("content") if isinstance(token, Mapping) else None
         if not isinstance(content, str) or not 1 <= len(content) <= MAX_TOKEN:
-            raise refusal("an added token has no text, or one that is too long")
+            raise refusal("an added token has no text, or its text is too long")
         characters += len(content)
     if characters > MAX_ADDED:
         raise refusal(f"its added tokens have more than {MAX_ADDED} characters")
@@ -198,7 +199,9 @@ def check_template(step: Step) -> None:
     for key, texts in (("single", {"A": 1}), ("pair", {"A": 1, "B": 1})):
         pieces = step.get(key)
         if not isinstance(pieces, list) or len(pieces) > MAX_TEMPLATE:
-            raise refusal(f"TemplateProcessing: {key} is not a list of at most {MAX_TEMPLATE}")
+            raise refusal(
+                f"TemplateProcessing: {key} is not a list of at most {MAX_TEMPLATE} items"
+            )
         seen: dict[str, int] = {}
         for piece in pieces:
             one = isinstance(piece, Mapping) and len(piece) == 1
@@ -231,7 +234,7 @@ def check_model(model: Any) -> None:
         raise refusal("model: dropout is not supported: it makes encoding random")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
-            raise refusal(f"model: {key} is longer than {MAX_AFFIX}")
+            raise refusal(f"model: {key} is longer than {MAX_AFFIX} characters")
     check_merges(model)
     vocabulary = model.get("vocab")
     if kind == "Unigram" and isinstance(vocabulary, list):

@@ -35,7 +35,7 @@ def write_folder(
         tensors: names and tensors to write instead of the checkpoint's own; each is requested
             once, after those before it have been released.
         about: returns the content of `conversion.json`, which makes the folder replaceable.
-        replace: replace such a folder.
+        replace: whether to replace such a folder.
 
     Returns:
         What was written, or None if another process wrote `out` first: its folder is kept.

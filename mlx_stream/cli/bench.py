@@ -91,7 +91,7 @@ def bench(
 ) -> None:
     """Time decoding and prefill side by side with mlx-lm.
 
-    All windows are full, and the two take turns step by step. mlx-lm is given caches of bounded
+    All windows are full, and the projects alternate step by step. mlx-lm is given caches of bounded
     size. A ratio is mlx-lm's time divided by ours: above 1, ours is faster. Decoding is timed from
     one token to the next. The tables also show how much a step must read, how fast this machine
     reads memory, and Python's share.

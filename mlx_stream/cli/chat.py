@@ -22,9 +22,9 @@ from mlx_stream.program.terminal import terminal_size
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
 
-# Modules that showing a reply on a terminal needs and that are slow to import.
+# Modules that are needed to show a reply on a terminal and are slow to import.
 SLOW_MODULES = "rich.progress", "mlx_stream.cli.markdown_printer"
-# How many lines of a pipe are answered before a notice says that each is a turn.
+# How many lines from a pipe are answered before a notice says that each is a turn.
 LINES_WITHOUT_NOTICE = 20
 EXCHANGES_SHOWN_AGAIN = 2
 
@@ -62,7 +62,7 @@ def chat(
     ] = False,
     session: Annotated[
         str | None,
-        Option(help="Name to save the chat under; if one with this name exists, it is continued."),
+        Option(help="Name to save the chat under; if a chat is saved under it, continue that one."),
     ] = None,
     latest: Annotated[
         bool, Option("--continue", help="Continue the most recently used session.")
@@ -134,7 +134,7 @@ def chat(
         screen = Screen(check_ended, thinking.hide_thinking, plain)
         if interactive:
             notify(f"loading {source}")
-            # Imported while the weights are read, which MLX does without holding the GIL.
+            # Imported while the weights are being read, which MLX does without holding the GIL.
             Thread(target=import_module, args=["prompt_toolkit"]).start()
         loaded = loading.load(source)
         chosen = resume.SessionOptions(
@@ -264,7 +264,9 @@ def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> 
 
     for number, line in enumerate(lines_of_stdin(), 1):
         if number == LINES_WITHOUT_NOTICE + 1 and not lines:
-            notify("each line of standard input is a turn; -p TEXT asks one question about it")
+            notify(
+                "each line of standard input is a turn; -p TEXT asks one question about all of them"
+            )
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
             ask(chat, screen, turn)

@@ -73,7 +73,7 @@ def parse(line: str) -> Call | str:
 
 
 def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOutcome:
-    """Execute a command; `progress` is called while tokens are read."""
+    """Execute a command; `progress` is called while tokens are being read."""
     try:
         outcome = command_of(call).run(chat, call.argument, progress)
     except MlxStreamError as error:
@@ -185,7 +185,7 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
         saved = SavedSession.create(chat, argument)
         saved.start_recall()
     if argument not in ("", saved.name):
-        raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
+        raise ValueRefused(f"it is already saved as {saved.name!r}; /export writes a copy")
     saved.flush()
     saved.write_snapshot()
     return f"saved as {saved.name}; to continue it: mlx_stream chat --session {saved.name}"

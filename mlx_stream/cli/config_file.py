@@ -33,7 +33,7 @@ KINDS: dict[str, type] = {
     "system": str,
     "temperature": float,
 }
-WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number from 0 to 5"}
+WORDS = {str: "text", int: "a whole number, 1 or more", float: "a number from 0 to 5"}
 KEYS = f"{', '.join(KINDS)} and prompts.NAME"
 
 

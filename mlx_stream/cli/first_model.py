@@ -50,7 +50,7 @@ def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> s
     return STARTER
 
 
-# --- the answer no ---
+# --- when the answer is no ---
 
 
 def declined_file() -> Path:

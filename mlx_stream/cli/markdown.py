@@ -164,7 +164,7 @@ def inline(node: SyntaxTreeNode) -> Text:
 
 
 def wrapped(text: Text, width: int) -> Lines:
-    """Break a text into lines of at most `width` cells."""
+    """Break text into lines of at most `width` cells."""
     text.expand_tabs(4)
     lines = []
     for line in text.split("\n", allow_blank=True):

@@ -1,4 +1,4 @@
-"""Prints a reply to a terminal as Markdown while it is written; knows blocks, not their styles.
+"""Prints a reply to a terminal as Markdown while it is generated; knows blocks, not their styles.
 
     closed blocks     printed once; they become part of the scrollback
     the open block    reprinted from the first line that has changed, whenever a word is complete
@@ -38,7 +38,7 @@ class MarkdownPrinter:
         self._continues = False  # whether it continues a block printed above
 
     def add(self, text: str) -> None:
-        """Add a piece, and print whatever is now certain to be shown."""
+        """Add a piece, and print whatever can now be shown."""
         self._source += text
         if not self._begun:
             self._source = self._source.lstrip("\n")

@@ -87,7 +87,7 @@ class SamplingOptions:
         float, Option(help="Keep tokens at least this fraction as likely as the top one.")
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Option(help="Repetition penalty; above 1 makes attended tokens less likely.")
+        float, Option(help="Repetition penalty; values above 1 make attended tokens less likely.")
     ] = 1.0
     seed: Annotated[int | None, Option(help="Random seed. Default: a new one each run.")] = None
 
@@ -142,7 +142,8 @@ class ThinkingOptions:
     reasoning_effort: Annotated[
         str | None,
         Option(
-            help="How long to think: a level that the model's template has, such as low or high."
+            help="How long to think: a level that the model's template defines, such as low or "
+            "high."
         ),
     ] = None
     hide_thinking: Annotated[

@@ -56,7 +56,7 @@ def plan(
     """Show what a model needs on a device, from its config and headers alone.
 
     Without --bits and --window, it chooses the most bits that fit with a window of 2,048, then the
-    longest window.
+    largest window.
     """
     from mlx_stream.chat.prompts import LONG_HEAD, long_head_notice
     from mlx_stream.cli.report import print_json, print_table, print_text

@@ -42,7 +42,7 @@ class Prompt:
         idle: called once when nothing has been typed for a minute; keystrokes wait until it
             returns. Any text that it returns is shown as a notice. Never called on a terminal that
             cannot move its cursor.
-        modules: imported while the first line is typed.
+        modules: imported while the first line is being typed.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ def editor(
     completions: Mapping[str, str],
     begun: Callable[[], None],
 ) -> Callable[[str], str]:
-    """Return a function that reads a text, edited with prompt_toolkit."""
+    """Return a function that reads text, edited with prompt_toolkit."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition

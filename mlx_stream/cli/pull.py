@@ -14,7 +14,7 @@ MEGABYTE = 1_000_000
 @options.verb
 def pull(
     *,
-    model: Annotated[str, Argument(metavar="MODEL", help="A Hub id org/name, or starter.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A Hub id (org/name), or starter.")],
     revision: Annotated[str, Option(help="Branch, tag or commit to fetch.")] = "main",
     json: options.AsJson = False,
 ) -> None:

@@ -20,7 +20,7 @@ def show_recalled(chat: "ChatSession", text: str) -> str:
         if not chat.recall:
             nothing = "recall is off: --recall B turns it on"
     elif saved.recall is None:
-        raise ValueRefused("recall is off: --recall B turns it on; sessions search finds text too")
+        raise ValueRefused("recall is off: --recall B turns it on; `sessions search` also works")
     else:
         end = chat.conversation_state().first
         found = saved.recall.find(text, "", 1, end, gate=False)
@@ -45,13 +45,13 @@ def forget(chat: "ChatSession", argument: str) -> str:
     exchange = saved.forget(number)
     saved.write_snapshot()
     forget_typed([exchange.question])
-    return f"forgotten: exchange {number:,}"
+    return f"exchange {number:,} is deleted"
 
 
 def pin(chat: "ChatSession", text: str) -> str:
     """Add a line to the system prompt."""
     chat.restart("\n".join(filter(None, (chat.system, text))), chat.stats.window)
-    return f"pinned: the system prompt has {chat.stats.pinned:,} tokens now"
+    return f"pinned: the system prompt now has {chat.stats.pinned:,} tokens"
 
 
 def clear(chat: "ChatSession") -> str:

@@ -78,7 +78,7 @@ def print_aligned(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_text(text: str, indent: int = 0) -> None:
-    """Print a text; on a terminal its words wrap, and later lines are indented."""
+    """Print text; on a terminal its words wrap, and later lines are indented."""
     print(wrap(text, terminal_size(sys.stdout)[0], indent) if sys.stdout.isatty() else text)
 
 
@@ -110,7 +110,7 @@ def aligned_lines(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
 
 
 def shorten_line(text: str) -> str:
-    """Return a text on one line, truncated if it is long."""
+    """Return text on one line, truncated if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
 

@@ -44,7 +44,7 @@ class ReplyStopped(Exception):
 
 
 class Printer(Protocol):
-    """Prints a text that arrives in pieces; `flush` ends its last line."""
+    """Prints text that arrives in pieces; `flush` ends its last line."""
 
     def add(self, text: str) -> None: ...
     def flush(self) -> None: ...

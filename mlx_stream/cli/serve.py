@@ -1,4 +1,4 @@
-"""`mlx_stream serve`: a server of OpenAI's API, in a terminal or at each login."""
+"""`mlx_stream serve`: a server for OpenAI's API, in a terminal or at each login."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class ListenOptions:
     port: Annotated[int, Option(help="Port to listen on; 0 picks a free port.")] = 8085
     socket: Annotated[
         Path | None,
-        Option(help="Unix socket to listen on instead of a port; only you may use it."),
+        Option(help="Unix socket to listen on instead of a port; only you can use it."),
     ] = None
     token_file: Annotated[
         Path | None,
@@ -47,7 +47,7 @@ class ListenOptions:
             help="Additional host name of the server, such as host.docker.internal. Repeatable."
         ),
     ] = None
-    max_body: Annotated[int, Option(help="Largest request, in MiB.")] = 32
+    max_body: Annotated[int, Option(help="Maximum request size, in MiB.")] = 32
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ServiceChoices:
     ] = 16
     alias: Annotated[
         list[str] | None,
-        Option(help="Name of the model for clients. Repeatable. Default: the model's own."),
+        Option(help="Model name that clients can use. Repeatable. Default: the model's own."),
     ] = None
     any_model: Annotated[
         bool, Option("--any-model", help="Also answer requests for any other name.")
@@ -80,12 +80,12 @@ class ServiceChoices:
         Path | None,
         Option(
             metavar="DIR",
-            help="Folder in which conversations outlive the server, and being closed to make room. "
+            help="Folder for keeping conversations after they are closed or the server exits. "
             "It will contain their text. Default: none.",
         ),
     ] = None
     keep_size: Annotated[
-        float, Option(metavar="GIB", help="Most that --keep may store, in GiB.")
+        float, Option(metavar="GIB", help="Maximum size of the --keep folder, in GiB.")
     ] = 8
     idle_unload: Annotated[
         float | None,
@@ -106,7 +106,7 @@ def serve(
         Argument(
             metavar="[install|uninstall] [MODEL]",
             help="A folder, a Hub id, a .gguf file, or starter. Default: the config file's, else "
-            "the starter. install starts the server now and at each login; uninstall stops that.",
+            "the starter. install starts the server now and at each login; uninstall undoes that.",
             show_default=False,
         ),
     ] = None,
@@ -224,8 +224,8 @@ def install(
     )
     path, trouble = service.install()
     if trouble:
-        fail(f"installed as {path}, but it could not be started: {trouble}")
-    notify(f"installed as {path}")
+        fail(f"installed at {path}, but it could not be started: {trouble}")
+    notify(f"installed at {path}")
 
 
 def uninstall() -> None:

@@ -13,7 +13,8 @@ from mlx_stream.program.exits import notify
 from mlx_stream.program.terminal import terminal_size
 
 SECONDS_PER_LINE = 30.0
-# How many characters at the end of a reply must repeat a shorter text, at least three times.
+# How many characters at the end of a reply must consist of a shorter text, repeated at least three
+# times.
 REPEATED = 400
 
 Progress = Callable[[int, int], None]

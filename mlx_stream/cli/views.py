@@ -41,7 +41,7 @@ def history(chat: "ChatSession", argument: str, progress: object) -> str:
         f"{number:>4}  "
         + (f"{local_time(turn.time)}  " if saved else "")
         + shorten_line(turn.exchange.question)
-        + ("" if number >= first else " (no longer attended)")
+        + ("" if number >= first else " (no longer attended to)")
         for number, turn in turns(chat).items()
     ]
     if first > 1 and not saved:

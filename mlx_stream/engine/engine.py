@@ -115,7 +115,7 @@ class Engine:
     def largest_window(
         self, streams: int = 1, sinks: int | None = None, kv_bits: int | None = None
     ) -> int | None:
-        """Return the largest usual window with which several sessions fit the budget.
+        """Return the largest standard window with which several sessions fit the budget.
 
         It leaves room for a system prompt. None if no window fits. The model must be loaded.
         """
@@ -187,7 +187,7 @@ class Engine:
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
             recall: how many tokens of the window are kept free to quote exchanges that have left
-                it; requires `name`. None for the default of `ChatSession`.
+                it; requires `name`. None means `ChatSession`'s default.
             on_token: called with each piece, on the same thread.
             began: when the conversation begins, for templates that name the date. Default: when the
                 model was loaded.
@@ -238,7 +238,7 @@ class Engine:
         logprobs: int | None = None,
         shared: bool = True,
     ) -> TextReply:
-        """Continue a plain text on a stream of its own; returns at once.
+        """Continue plain text on a stream of its own; returns at once.
 
         Args:
             prompt, max_tokens, sampling, stop, window, sinks, kv_bits, bias, logprobs: see

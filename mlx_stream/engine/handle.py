@@ -179,7 +179,7 @@ class EngineReplyOptions(ReplyOptions, total=False):
     Attributes:
         stop: strings that end the reply, instead of the session's.
         progress: called on the thread that iterates over the reply, while earlier turns and then
-            the question are read, with the number of tokens read and the total.
+            the question are being read, with the number of tokens read and the total.
     """
 
     stop: Sequence[str] | None
@@ -294,9 +294,9 @@ class Session(Handle):
         """Set the work to do while nothing is asked of this session; returns at once.
 
         Args:
-            work: called on the engine's thread; returns a generator, of which one step is run at a
-                time. It must raise nothing. The next reply ends it, and closing the session first
-                runs it to its end. None for no work.
+            work: called on the engine's thread; returns a generator, which is run one step at a
+                time and must not raise. The next reply ends it; before the session closes, it is
+                run to completion. None for no work.
         """
         with self._worker.lock:
             self._session_worker.idle_work = work
@@ -396,7 +396,7 @@ class Session(Handle):
 
 
 class TextReply(Handle):
-    """A text that is continued once, from `Engine.complete`."""
+    """A single completion of a text, from `Engine.complete`."""
 
     def __init__(
         self, worker: Worker, host: ModelHost, options: TextOptions, engine: Any, shared: bool
@@ -406,7 +406,7 @@ class TextReply(Handle):
         super().__init__(worker, self._text_worker, engine, None)
 
     def pieces(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
-        """Yield the pieces; closing the generator stops the text within a few tokens."""
+        """Yield the pieces; closing the generator stops the completion within a few tokens."""
         return self._pieces(self._write(progress))
 
     def apieces(self, progress: Progress | None = None) -> AsyncGenerator[Piece, None]:

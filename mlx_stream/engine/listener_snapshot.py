@@ -15,7 +15,7 @@ from mlx_stream.generate.snapshot import State, load_snapshot
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
 BYTES_BESIDE = 2**20
-BYTES_PER_CHARACTER = 12  # the most that one character takes up in JSON
+BYTES_PER_CHARACTER = 12  # the maximum for one character in JSON
 
 
 @dataclass(frozen=True)

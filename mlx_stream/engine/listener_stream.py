@@ -36,14 +36,14 @@ from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 
-CHARACTERS_A_STEP = 1_024  # the most that is encoded at once
+CHARACTERS_A_STEP = 1_024  # the maximum that is encoded at once
 
 
 class Backlog:
-    """Text that was fed but not yet encoded; any thread may use it.
+    """Text that has been fed but not yet encoded; any thread may use it.
 
     Attributes:
-        fed, taken: how many characters were fed and taken, in total.
+        fed, taken: how many characters have been fed and taken, in total.
         encoded: how many of the characters taken have tokens that have not been read yet.
     """
 

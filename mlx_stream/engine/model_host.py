@@ -102,7 +102,7 @@ class ModelHost:
     def load(self) -> None:
         if self._limit is None:
             self.budget.limit = backend.memory_budget()
-        # By default, MLX keeps freed buffers up to the size of the whole memory.
+        # By default, MLX keeps freed buffers up to the total memory size.
         backend.set_cache_limit()
         self._model = load(
             self._source,

@@ -1,4 +1,4 @@
-"""Runs several coroutines to the end on this thread, in shared steps; independent of sessions."""
+"""Runs coroutines to completion on this thread, in shared steps; independent of sessions."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar

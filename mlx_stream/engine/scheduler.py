@@ -16,10 +16,10 @@ from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
 LONGEST = 2.85
 FEWEST_ROWS = 8  # for prompts in each step, however long they take
-SETTLING_SHARE = 16  # settling streams, for which no caller waits, get one row in this many
+SETTLING_SHARE = 16  # settling streams, with no caller waiting, get one row in this many
 MEASURED = 5  # how many of the latest steps of a kind count
 LEAST_MEASURED = 3  # the minimum; the first step of a kind may compile, so it never counts
-PROBE_EVERY = 256  # rounds between measurements of whether sharing pays
+PROBE_EVERY = 256  # rounds between measurements of whether sharing pays off
 
 Results = list[ReadResult | Exception]
 
@@ -69,7 +69,7 @@ class StepTimes:
         """Return how many prompt rows a step with tokens from `replies` streams may have.
 
         Together with the tokens, they are a multiple of the number that steps are padded to: the
-        nearest one, because rounding down made a prompt take 10 % longer.
+        nearest one, because rounding down made a prompt take 10% longer.
         """
         if not replies:
             return SHARED_ROWS

@@ -88,8 +88,8 @@ class ReplyPlan:
         unread: how many turns before the history are not read.
         given: returns how many characters of the answer the reader has taken. If the reply is
             cancelled, the rest is rolled back.
-        on_end: called on the engine's thread, with None if an option was refused, before anything
-            changed. It must return at once.
+        on_end: called on the engine's thread with the reply's end, or with None if an option was
+            refused before anything changed. It must return at once.
     """
 
     question: Question | None

@@ -178,7 +178,7 @@ def draw_streameval(panels: "Panels", report: Report) -> None:
     for rule in ("likelihood", "generation"):
         axes.plot(distances, 100 * column(rows, rule), label=rule)
     chance = 100 / report.about["candidates"]
-    axes.axhline(chance, color="0.5", ls="--", lw=1, label=f"chance: {chance:.3g} %")
+    axes.axhline(chance, color="0.5", ls="--", lw=1, label=f"chance: {chance:.3g}%")
     outside = [place for place, row in enumerate(rows) if not row["inside"]]
     if outside:
         edges = outside[0] - 0.5, len(rows) - 0.5

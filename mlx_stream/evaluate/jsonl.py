@@ -64,7 +64,7 @@ def open_log(path: Path, key: Row, about: Row) -> Iterator[JsonLog]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueRefused(f"{path}: another process is writing this log") from None
+            raise ValueRefused(f"{path}: another process is writing to this log") from None
         file.seek(0)
         data = file.read()
         if whole := data[: data.rfind(b"\n") + 1]:

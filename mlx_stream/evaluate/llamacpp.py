@@ -54,7 +54,7 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = 1
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
-            raise SourceError(f"llama.cpp cannot make a context of {capacity} tokens")
+            raise SourceError(f"llama.cpp cannot create a context of {capacity} tokens")
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(self.chunk, 0, 1)
         self.past = 0

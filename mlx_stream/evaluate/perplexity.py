@@ -94,7 +94,7 @@ def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
         if not setting.segments(spec):
             raise TextError(
                 f"--cache {spec.label} reads less than a segment of {setting.segment:,} tokens: "
-                "use a larger --tokens (or tokens= of the cache), or a smaller --segment"
+                "use a larger --tokens (or tokens= for the cache), or a smaller --segment"
             )
         if spec.name == "recompute" and spec["stride"] > setting.capacity - spec["sinks"]:
             raise ValueRefused(

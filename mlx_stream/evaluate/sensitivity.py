@@ -33,7 +33,7 @@ def measure_sensitivity(
     fewer than 128 tokens.
     """
     if len(ids) < LEAST:
-        raise TextError(f"the calibration text has {len(ids)} tokens: give at least {LEAST}")
+        raise TextError(f"the calibration text has {len(ids)} tokens: at least {LEAST} are needed")
     passes = Passes(model, ids[:TOKENS])
     layers = model.network.layers
     found: dict[tuple[str, ...], float] = {}

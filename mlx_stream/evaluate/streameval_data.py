@@ -183,7 +183,7 @@ def make_line(seed: int, number: int) -> Line:
 def draw(seed: int, number: int, what: str, count: int) -> int:
     """Return a whole number from 0 to count - 1: 64 bits of SHA-256 of "seed/number/what".
 
-    `random` is not used: its results may change with Python's version.
+    `random` is not used: its results may change between Python versions.
     """
     digest = hashlib.sha256(f"{seed}/{number}/{what}".encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % count

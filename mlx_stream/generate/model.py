@@ -39,7 +39,7 @@ def check_process() -> None:
     elif _process != os.getpid():
         raise ValueRefused(
             "MLX cannot compute in a process that was forked after a model was loaded: start the "
-            "process with multiprocessing's spawn method, or load the model only in that one"
+            "process with multiprocessing's spawn method, or load the model only in the child"
         )
 
 

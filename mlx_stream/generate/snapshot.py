@@ -193,7 +193,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         version = int(header["version"])
         return Snapshot(state, dict(header["about"]), str(header["model"]), version)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SnapshotError(f"{path}: not a saved stream: unrecognised header") from error
+        raise SnapshotError(f"{path}: not a saved stream: unrecognized header") from error
     except (OSError, CheckpointError, RuntimeError, ValueError, MemoryError) as error:
         reason = "it does not exist" if not os.path.lexists(path) else one_line(error)
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
@@ -265,7 +265,7 @@ def read_about(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {header['format']!r:.40}, version {header['version']!r:.40}")
         return dict(header["about"])
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SnapshotError(f"{path}: not a saved stream: unrecognised header") from error
+        raise SnapshotError(f"{path}: not a saved stream: unrecognized header") from error
     except (OSError, ValueError, MemoryError) as error:
         raise SnapshotError(f"{path}: not a saved stream: {one_line(error)}") from error
 

@@ -67,7 +67,7 @@ def progress_in_tenths(progress: Notify) -> Bar:
         nonlocal reported
         tenths = 10 * done // max(total, 1)
         if reported < tenths < 10 and sys.stderr is not None and sys.stderr.isatty():
-            progress(f"fetched {tenths}0 %")
+            progress(f"fetched {tenths}0%")
             reported = tenths
 
     return update

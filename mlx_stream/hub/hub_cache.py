@@ -25,7 +25,7 @@ SMALL_FILES = [
 ]
 # Also fetched, but a model that an earlier version cached without it is complete and opens offline.
 OLDER_TEMPLATE = "chat_template.json"
-# The most files that a message names.
+# The maximum number of files that a message names.
 MOST_NAMED = 5
 # `*` also matches in subfolders, and some repositories contain all weights twice (consolidated).
 OTHER_FILES = ["*/*", "consolidated*"]

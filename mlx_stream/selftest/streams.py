@@ -235,7 +235,7 @@ def seeds(model: Model) -> CheckOutcome:
     wrong = [fault for fault, found in faults.items() if found]
     return CheckOutcome(
         not wrong,
-        "; ".join(wrong) or f"{STEPS} draws repeat with the same seed and differ with another",
+        "; ".join(wrong) or f"{STEPS} draws repeat with the same seed and differ otherwise",
     )
 
 

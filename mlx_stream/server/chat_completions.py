@@ -141,7 +141,7 @@ async def session_pieces(
 ) -> AsyncGenerator[Piece | None, None]:
     """Like `line_pieces`, but on the stream of a saved conversation."""
     if service.sessions is None:
-        raise ApiError(400, "saved conversations are not offered: serve with --sessions", "session")
+        raise ApiError(400, "saved conversations are not enabled: serve with --sessions", "session")
     given: EngineReplyOptions = {**options, "progress": counts.report}
     items = service.sessions.pieces(name, conversation, limit, given)
     async with service.stream(), aclosing(items):

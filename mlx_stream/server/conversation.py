@@ -20,7 +20,7 @@ from mlx_stream.chat.messages import Message, answering, check_message
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.tool_calls import ToolCall
 
-# A template can render this many in its time limit, and no chat has nearly as many.
+# A template can render this many within its time limit, and no chat has nearly that many.
 MOST_IN_TURN = 1_024
 # The characters of a turn or a head: encoding more would hold up the other streams, and the window
 # would keep only the end.
@@ -83,7 +83,7 @@ def check_lengths(conversation: Conversation, longest: int) -> None:
     ):
         if count > longest:
             raise ValueRefused(
-                f"{what} {count:,} characters, and at most {longest:,} are read at once: send "
+                f"{what} {count:,} characters, but at most {longest:,} are read at once: send "
                 "less, or use a larger --window"
             )
 
@@ -135,7 +135,7 @@ def results_in_order(asked: Sequence[Message], calls: Sequence[ToolCall]) -> tup
     if len(asked) > MOST_IN_TURN:
         raise ValueRefused(
             f"{len(asked):,} messages have no reply between them, and the limit is "
-            f"{MOST_IN_TURN:,}: join them"
+            f"{MOST_IN_TURN:,}: merge them"
         )
     if not calls:
         return answering(asked, ())

@@ -112,7 +112,8 @@ class Gate:
 
     def _check_host(self, host: str) -> None:
         if self.rules.answers_to and not self.rules.answers_to(host.lower()):
-            raise ApiError(421, "the host does not name this server", "wrong_host")
+            message = "the `Host` header does not name this server: see --allow-host"
+            raise ApiError(421, message, "wrong_host")
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Refuse a request based on its headers.
@@ -221,7 +222,7 @@ class Gate:
             raise ClientLeft
         return message
 
-    # --- pages of other origins that are allowed ---
+    # --- pages from other allowed origins ---
 
     def _is_preflight(self, scope: Scope, headers: Headers) -> bool:
         return scope["method"] == "OPTIONS" and headers.get("origin") in self.rules.origins

@@ -1,6 +1,6 @@
 """Conversations kept in a folder, to be found again by their digests; independent of requests.
 
-    key                            the key of the digests
+    key                            the key for the digests
     lock                           held by the server that uses the folder
     0123456789abcdef.safetensors   a conversation: its stream, its attended turns and its record
 
@@ -132,7 +132,7 @@ class KeptLines:
         return secrets.token_hex(8)
 
     def save(self, line: KeptLine, chat: ChatSession) -> Generator[None, None, None]:
-        """Write a conversation, or leave the old file; a generator that raises nothing."""
+        """Write a conversation, or leave the old file; a generator that never raises."""
         if chat.tokens.failed:
             return
         path = self._path(line.name)
@@ -199,7 +199,7 @@ class KeptLines:
                 ValueError,
                 OverflowError,
             ) as error:
-                self._notify(f"{path}: not a conversation that was kept: {one_line(error)}")
+                self._notify(f"{path}: not a kept conversation: {one_line(error)}")
                 continue
             self._lines[name] = replace(line, used=status.st_mtime, nbytes=status.st_size)
         self._make_room()
@@ -224,7 +224,7 @@ class KeptLines:
     def _report_failure(self, reason: str) -> None:
         """Report why a conversation is not kept, once until one is kept again."""
         if not self._reported:
-            self._notify(f"a conversation is not kept: {reason}")
+            self._notify(f"a conversation could not be kept: {reason}")
         self._reported = True
 
 
@@ -262,8 +262,8 @@ def read_key(path: Path) -> bytes:
         raise ValueRefused(f"{path}: cannot be used: {error.strerror}") from error
     if not stat.S_ISREG(mode) or mode & 0o077 or len(key) != DIGEST_BYTES:
         raise ValueRefused(
-            f"{path}: not a private file with a key: remove it, and the conversations kept there "
-            "will not be recognized again; or use another --keep"
+            f"{path}: not a private file with a key: remove it (conversations kept there will no "
+            "longer be recognized), or use another --keep"
         )
     return key
 

@@ -159,7 +159,7 @@ class Lines:
         return [line_state(line, now) for line in lines]
 
     def close(self, id: int) -> None:
-        """Close a line, which is not kept; a reply in progress on it fails.
+        """Close a line without keeping it; a reply in progress on it fails.
 
         Raises:
             ValueRefused: there is no such line.

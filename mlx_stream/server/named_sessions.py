@@ -138,7 +138,8 @@ class NamedSessions:
         if opened and system in (None, opened.system):
             return opened
         if opened and opened.requests:
-            raise ApiError(409, f"session {name!r} is in use with another system prompt", "session")
+            message = f"session {name!r} is in use with a different system prompt"
+            raise ApiError(409, message, "session")
         if opened is None and len(self._open) >= self._most:
             idle = [one for one in self._open.values() if not one.requests]
             if not idle:

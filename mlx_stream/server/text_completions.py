@@ -72,7 +72,8 @@ async def text_pieces(
         assert service.lines
         if len(request.text) > (longest := longest_text(service.lines.window)):
             raise ValueRefused(
-                f"the prompt has {len(request.text):,} characters, and at most {longest:,} are read"
+                f"the prompt has {len(request.text):,} characters, but at most {longest:,} are "
+                "read at once: send less, or use a larger --window"
             )
         reply = engine.complete(
             request.text,

@@ -182,7 +182,7 @@ class Tokenizer:
     def bytes_of(self, id: int) -> bytes:
         """Return the bytes that a token stands for, which may be part of a character.
 
-        A special token's are those of its name. There are none for an unknown id.
+        A special token stands for the bytes of its name, an unknown id for none.
         """
         token = self.text_of(id)
         added = self._backend.get_added_tokens_decoder()

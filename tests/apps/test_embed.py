@@ -117,7 +117,7 @@ def display() -> Iterator[str]:
 
 
 def readme_blocks() -> list[str]:
-    """Return the Python of the engine's README, which is for app developers."""
+    """Return the Python code in the engine's README, which is for app developers."""
     readme = (EMBED.parent.parent / "mlx_stream" / "engine" / "README.md").read_text("utf-8")
     return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
 
@@ -134,12 +134,12 @@ def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):
 
 @pytest.mark.starter
 def test_the_readmes_refused_session_is_refused_by_the_starter_anywhere(starter):
-    """Its window exceeds the context, because the bytes that fit differ between machines."""
+    """Its window exceeds the context, because how many bytes fit differs between machines."""
     asked = re.search(r"session\(window=([\d_]+)\)\.wait", "\n".join(readme_blocks()))
     assert asked and int(asked[1]) + 4 > starter.config.max_position_embeddings
 
 
-# Ends the program if anything would leave the machine.
+# Ends the program if it tries to use the network or to start another program.
 DENY = """
 import os, sys
 def deny(event, arguments):

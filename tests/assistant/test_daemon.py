@@ -1,4 +1,4 @@
-"""The assistant as a program: when it is killed, stopped, sent requests, and given bad input."""
+"""The assistant as a program: when it is killed, stopped, sent requests, or given bad input."""
 
 import os
 import random
@@ -70,7 +70,7 @@ def prose(count: int, seed: int = 1) -> str:
 
 
 def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
-    """Return the tokens attended and evicted by a listener that was fed everything at once."""
+    """Return how many tokens a listener fed everything at once attends to and has evicted."""
     with mlx_stream.Engine(str(model), queue_size=10_000) as engine:
         listener = engine.listen(system=SYSTEM, window=WINDOW)
         for text in texts:
@@ -361,7 +361,7 @@ def test_only_one_of_a_name_runs(start, log):
     with pytest.raises(AssistantError, match="must be status, stop"):
         asked("everything")
     assistant.kill()
-    assistant = start(f"--follow={log}")  # despite the socket that was left
+    assistant = start(f"--follow={log}")  # despite the socket left behind
     assistant.until(lambda status: status["state"] == "reading")
     assistant.stop()
 

@@ -159,7 +159,7 @@ def test_a_note_that_was_moved_is_not_read_again(tmp_path, how):
     old.write_text("one\n")
     looking = Looking(tmp_path)
     looking.look()
-    if how == "NFC and NFD":  # copied to a disk with the other spelling
+    if how == "NFC and NFD":  # copied to a disk that uses the other spelling
         new.write_text("one\n")
         old.unlink()
     elif how == "its folder":
@@ -246,7 +246,7 @@ def test_a_note_that_was_moved_to_another_folder_is_not_read_again(tmp_path, res
     assert len(first.look()) == 2 and second.look() == []
     assert (first.source.state["notes"], second.source.state["notes"]) == (2, 0)
     (inbox / "a.md").rename(archive / "a.md")
-    shutil.copy(inbox / "b.md", archive / "b.md")  # a copy is another note
+    shutil.copy(inbox / "b.md", archive / "b.md")  # a copy is a separate note
     if restart:
         first.begin()
         second.begin()

@@ -1,4 +1,4 @@
-"""A rotated file is read completely and only once, whatever other files are beside it."""
+"""A rotated file is read completely and only once, whatever other files are next to it."""
 
 import itertools
 import os
@@ -196,7 +196,7 @@ def replace_open_file(monkeypatch, opened) -> None:
 
 @pytest.fixture
 def locked(monkeypatch):
-    """Return names that cannot be opened; simulated, because root can open any file."""
+    """Return a set of names that cannot be opened: simulated, because root can open any file."""
     names: set[str] = set()
     whole = tail.open_file
 
@@ -320,7 +320,7 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_life_of_a_file(path, seed):
-    """The reader is also killed before text is on disk, and the file renamed often."""
+    """The reader is also killed before text is on disk, and the file is renamed often."""
     luck, number, now = random.Random(seed), 0, 0
     reading, written = Reading(path), b""
     rotates = (
@@ -415,7 +415,7 @@ def test_a_copy_beside_a_file_of_another_device_number_is_not_read(path):
 
 @pytest.mark.parametrize("names", [(".2", ".1"), (".1",), (".1", ".0"), ("-20261128", "-20261129")])
 def test_newer_rotated_files_are_read_though_the_one_that_was_read_is_gone(path, names):
-    """It was compressed, or there were more rotations than files are kept."""
+    """It was compressed, or there were more rotations than kept files."""
     reading = read_one(path)
     write(path.with_name(f"x.log{names[0][:-1]}7"), b"of long ago\n", 1)
     path.rename(path.with_name("x.log.3.gz"))
@@ -447,7 +447,7 @@ def test_another_file_that_got_the_inode_of_an_empty_one_is_not_read(path):
     reading = read_one(path)
     os.truncate(path, 0)
     reading.wait()
-    path.rename(path.with_name("other"))  # as if deleted, and another file made
+    path.rename(path.with_name("other"))  # as if deleted and another file created
     write(path.with_name("other"), b"private\n", 3)
     reading.source.close()
     write(path, b"two\n", 4)
@@ -517,7 +517,7 @@ def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path,
 
 
 def copy_and_truncate(path: Path, second: int) -> None:
-    """Rotate x.log as a program does whose writer keeps the file open."""
+    """Rotate x.log in the way used when its writer keeps the file open."""
     data = path.read_bytes()
     rotate(path)
     path.with_name("x.log.1").rename(path)

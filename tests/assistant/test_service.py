@@ -22,7 +22,7 @@ HARD = Path('/a b/50% $HOME/"x\\.log')
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """Return a home without launchctl and systemctl."""
+    """Return a home without launchctl or systemctl."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

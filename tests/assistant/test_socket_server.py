@@ -55,7 +55,7 @@ def answering(server):
 
 @pytest.fixture
 def served(near):
-    """Return a path on which requests are answered: `echo` and `fail`."""
+    """Return a path on which requests are echoed, except `fail`, which fails."""
 
     def answer(asked):
         if asked.get("what") == "fail":

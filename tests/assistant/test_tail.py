@@ -368,7 +368,7 @@ def test_standard_input_comes_in_whole_characters_to_its_end():
             os.write(write, data)
         source.read()
         while arrival := source.poll():
-            assert arrival == source.poll()  # the same until it is taken
+            assert arrival == source.poll()  # the same until it is acknowledged
             taken += arrival.data
             source.ack(arrival)
 

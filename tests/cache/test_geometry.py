@@ -12,7 +12,7 @@ def test_the_worked_example():
     rows = {geometry.row(token): token for token in range(7)}
     assert [rows[row] for row in range(geometry.rows)] == [0, 1, 5, 6, 4]
     place = StreamPosition(length=7, floor=4, clock=7)
-    # "On the clock these stand at 2, 3, 4, 5, 6"
+    # On the clock these are at 2, 3, 4, 5 and 6.
     assert geometry.oldest(place, 6) == 4
     assert geometry.sinks_clock(place, 6) == 2
 
@@ -35,7 +35,7 @@ def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
 
 
 def attends(geometry: Geometry, place: StreamPosition, token: int) -> set[int]:
-    """Return what a token attends to, by the definition, without looking at rows."""
+    """Return what a token attends to, from the definition alone, without looking at rows."""
     sinks = {i for i in range(geometry.sinks) if i <= token}
     oldest = max(geometry.sinks, place.floor, token - geometry.window + 1)
     return sinks | set(range(oldest, token + 1))

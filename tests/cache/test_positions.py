@@ -42,7 +42,7 @@ def test_a_token_is_turned_as_by_the_operation_and_as_in_float64(scaling, head_d
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(dtype):
     rope, x, frequencies = made(None, 64, 12, dtype)
-    for place in PLACES[:-1]:  # at the last place, the angles are not that exact
+    for place in PLACES[:-1]:  # at the last place, the angles are less exact
         turned = rope.token_rotation(mx.array([place], mx.int32), 12)(x)
         assert turned.dtype == dtype
         plain = np.array(x.astype(mx.float32), np.float64)[0].swapaxes(0, 1)

@@ -87,11 +87,11 @@ def test_giving_a_state_out_twice_writes_nothing(monkeypatch):
     assert all(a is b for a, b in zip(first.values(), cache.state().values(), strict=True))
 
 
-# -- a stream longer than any number below 2^63 ------------------------------------------------
+# -- a stream that has read close to 2^62 tokens -----------------------------------------------
 
 
 def continue_from(model, cache: StreamCache, chunks: list[int]) -> np.ndarray:
-    """Read random ids in these chunks; return all logits."""
+    """Read random ids in chunks of these sizes; return all logits."""
     stream = TokenStream(model, cache)
     random = np.random.default_rng(5)
     logits = []
@@ -103,7 +103,7 @@ def continue_from(model, cache: StreamCache, chunks: list[int]) -> np.ndarray:
 
 
 def spy_on_arrays(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
-    """Record the largest whole number that the cache and the rotation pass to MLX."""
+    """Record the largest integer that the cache and the rotation pass to MLX."""
 
     class Spy:
         def __getattr__(self, name: str):

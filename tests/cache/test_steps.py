@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[Shape, int, int, int, bool, type]] = {
 
 
 def compute(cache: Cache, shape: Shape, count: int, verify: bool) -> tuple[Any, bytes]:
-    """Plan a step, compute it with the same random heads each time; return it and its output."""
+    """Plan a step and compute it with the same random heads each time; return it and its output."""
     step = cache.plan(count, verify)
     random, heads = np.random.default_rng(4), shape.kv_heads * (shape.group + 2)
     outs = []
@@ -67,7 +67,7 @@ def test_an_uncommitted_step_changes_nothing(kind):
     version, before = cache.version, everything(cache)
     dropped, found = compute(cache, shape, count, verify)
     assert type(dropped) is expected and dropped.count == count
-    # The dropped step is evaluated too, because one that an interrupt leaves may have been.
+    # The dropped step is evaluated too, because one left by an interrupt may have been.
     rows = [*dropped.keys, *dropped.values]
     mx.eval([array for one in rows for array in cache.storage.arrays(one).values()])
     assert cache.version is version

@@ -244,7 +244,7 @@ def test_rows_that_cannot_be_quantized_are_refused(bits, dim):
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
 def test_the_bytes_of_a_quantized_ring(bits, share):
-    """The ring is compared with 16 bits; the sinks and their unrotated copy keep their size."""
+    """The ring is compared with a 16-bit one; sinks and their unrotated copy keep their size."""
     whole, quantized = (
         Shape(sinks=sinks, window=1_000, kv_heads=2, head_dim=128, dtype=mx.float16, bits=b).cache()
         for sinks, b in ((0, None), (0, bits))

@@ -52,7 +52,7 @@ def test_how_many_tokens_a_step_verifies():
         twins.read(5)
         assert twins.cache.max_verify == expected
         twins.read(14)
-        assert twins.cache.max_verify == min(expected, 3)  # as long as the oldest need not leave
+        assert twins.cache.max_verify == min(expected, 3)  # as many as fit without evicting
         twins.read(10)
         assert twins.cache.max_verify == expected
     dense = DenseCache(shape.attention())

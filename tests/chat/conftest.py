@@ -1,4 +1,4 @@
-"""The model that tests of conversations share: two layers, and heads that can be quantized."""
+"""The model that the conversation tests share: two layers, and heads that can be quantized."""
 
 import pytest
 

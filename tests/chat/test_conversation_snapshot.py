@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused(model: Model, tmp_path: Path) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each value in plain JSON values."""
+    """Yield the path of each value in a JSON value."""
     yield path
     items: Any = ()
     if isinstance(value, dict | list):
@@ -101,7 +101,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @pytest.mark.parametrize("forged", [None, -1, 2**70, 1.5, "AAAA", [], {}])
 def test_no_forged_value_is_used(model: Model, tmp_path: Path, forged: Any) -> None:
-    """With a checksum that is right: it is refused, or the conversation is well formed."""
+    """Even with a correct checksum, it is refused, or the conversation is well formed."""
     chat = new(model)
     said(chat.reply("Hi"))
     said(chat.reply([Message("system", "Now"), Message("user", "And?")]))

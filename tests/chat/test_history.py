@@ -55,7 +55,7 @@ def test_the_newest_whole_turns_of_a_history_are_attended(turns, window, name):
 
 
 def test_a_history_is_as_many_turns_as_fit():
-    """One more turn would not fit; a session in which the same was said holds the same ids."""
+    """One more turn would not fit; a session with the same turns holds the same ids."""
     turns = [("Hi", "the thin man"), ("And then?", "in the end"), ("Why?", "So it is")]
     whole = recorded(model("plain"), Trouble(), window=300, history=messages(turns))
     list(whole.reply("Next?", 1))

@@ -83,7 +83,7 @@ def opens(kills: Kills, saved: SavedSession) -> str:
 
 
 def failing(saved: SavedSession, point: int, act: Callable[[], Any]) -> list[str]:
-    """Write a snapshot of a new turn with a fault; return the calls that were made."""
+    """Write a snapshot of a new turn while injecting a fault; return the calls that were made."""
     say(saved.chat)
     with fault(point, act) as calls:
         try:
@@ -148,7 +148,7 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
     assert manage.verify_session("x").endswith(f"exchange {len(answered) + 1}")
 
 
-# --- killed in a reply ---
+# --- killed during a reply ---
 
 ONE, TWO, THREE = "One? Say it.", "And two?\nWhy?", "Three."
 

@@ -231,7 +231,7 @@ def test_a_file_that_version_1_refused_is_not_migrated(path: Path, name: str) ->
 def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full one page later each time, until there is room for all of it."""
+    """The disk fills up one page later each time, until there is room for everything."""
     write_version_1(path, HEADER, TURNS)
     before, room = path.read_bytes(), 0
 
@@ -318,7 +318,7 @@ def about_of(saved: SavedSession, header: OldHeader, old: list[OldTurn]) -> dict
     chat = saved.chat
     places, before, length = [], [[], ""], 0
     for turn in chat.evictor.state.turns:
-        # The end of a reply that was cut had not been read when the next question came.
+        # The end of a reply cut short had not been read when the next question came.
         unread = before[0]
         lead = [*unread, *turn.exchange.closing_ids] if places else [*chat.prompts.pinned]
         lead = lead if places or turn.start == len(lead) else []

@@ -96,7 +96,7 @@ def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_othe
     settled = prompts.settle(cut, first=True)
     assert settled.ids == (*asked, *tokenizer.encode("then", special=False))
     assert prompts.rest_of(settled) == "" and prompts.rest_of(cut) == "en"
-    # An exchange that is rendered as it was read gets no other ids.
+    # An exchange that is rendered as it was read keeps its ids.
     plain = Exchange("Hi", "then", (), asked, tuple(letters))
     assert prompts.settle(plain, first=True).settled_ids is None
 
@@ -164,7 +164,7 @@ def test_a_reply_s_closing_is_not_cut_inside_a_special_token(source, closing):
     assert turns.pinned and turns.head == [{"role": "system", "content": "Be brief."}]
     exchanges = EXCHANGES[:3]
     whole = whole_ids(tokenizer, template, "Be brief.", exchanges)
-    assert read_ids(tokenizer, template, "Be brief.", exchanges) == whole[:-1]  # the text's end
+    assert read_ids(tokenizer, template, "Be brief.", exchanges) == whole[:-1]  # end of text
 
 
 # The system prompt begins the first question, as in Gemma 3.

@@ -24,7 +24,7 @@ from tests.fakes.shapes import check_erased
 ACTS = (*["ask"] * 12, *["retry"] * 2, "edit", "undo", "clear", "resume", "restart")
 ENDS = ("", "", "", "close", "throw", "drop", "drop the prompt", "interrupt", "fail")
 MORE = st.integers(0, 9)
-# What is done, the question, the limit and stop strings of the reply, how it ends, and its seed.
+# The act, the question, the reply's limit and stop strings, how it ends, and its seed.
 STEPS = st.tuples(
     st.sampled_from(ACTS),
     st.sampled_from(QUESTIONS),
@@ -35,7 +35,7 @@ STEPS = st.tuples(
 
 
 class Scripted(Recorded):
-    """A stream that writes a script, whatever it has read, and may be interrupted in it."""
+    """A stream that writes a script, whatever it has read, and may be interrupted as it does so."""
 
     trouble: Any
 
@@ -213,7 +213,7 @@ def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
     request = next(steps)
     assert isinstance(request, ReadRequest)
     plain = chat.prompts.question("What?", None, first=False)[1]
-    # The request has the pinned ids, then the question, whose ids may take more than one step.
+    # The request contains the pinned ids, then the question, whose ids may take more than one step.
     state = chat.evictor.state
     assert isinstance(state, ActiveTurn)
     ids = state.turn.exchange.question_ids

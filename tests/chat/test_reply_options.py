@@ -145,7 +145,7 @@ def test_another_bias_or_mask_is_no_new_trace(model, monkeypatch):
         said(chat.reply("Hi", bias={id: 5.0}, max_tokens=30))
         said(chat.reply("Hi", mask=lambda ids, id=id: np.arange(300) != id, max_tokens=30))
         counts.append(model.compiled_steps.count)
-    assert counts[-1] - counts[3] < 3  # in 12 replies; another kind of step may come late
+    assert counts[-1] - counts[3] < 3  # in 12 replies; a new kind of step may come late
 
 
 @pytest.mark.parametrize(

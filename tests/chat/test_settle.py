@@ -86,7 +86,7 @@ WEIGHTS = tiny_weights(CONFIG)
 WINDOWS = st.integers(40, 200)
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8])
 ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart", "restart")
-# The ways in which a reply may be cut.
+# The ways in which a reply may be cut short.
 CUTS = ("", "", "", "close", "throw", "drop steps")
 TROUBLE = {
     "": (),
@@ -108,7 +108,7 @@ def model(template: str) -> Model:
 
 
 class Trouble:
-    """Raises an error, once, the nth time that the code reaches a place.
+    """Raises an error once, the nth time the code reaches a given place.
 
     Attributes:
         refusals: notices about replies that the template refused.

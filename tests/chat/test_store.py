@@ -1,4 +1,4 @@
-"""A conversation's file returns what was written to it, and not what was taken back."""
+"""A conversation's file returns what was written to it, but not what was taken back."""
 
 import json
 import sqlite3

@@ -230,7 +230,7 @@ def others(old: Any, kind: str, needed: int) -> list[Any]:
 
 
 def altered_is_found(path: Path, whole: sqlite3.Connection, script: str, new: Any) -> bool:
-    """Change a value; check that it is found, and return whether the tables allow the change."""
+    """Change a value; check that this is found, and return whether the tables allow the change."""
     with closing(sqlite3.connect(path)) as file:
         whole.backup(file)
         try:
@@ -295,7 +295,7 @@ def test_messages_after_the_last_turn_are_not_taken_for_the_next_one(tmp_path: P
 
 
 def seal(connection: sqlite3.Connection, number: int) -> None:
-    """Give a turn the checksum of its contents, and the session that of its last turn."""
+    """Give a turn the checksum of its contents, and give the session its last turn's checksum."""
     ((*turn, _),) = connection.execute("SELECT * FROM turns WHERE number = ?", (number,)).fetchall()
     said = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
     messages = connection.execute(said, (number,)).fetchmany(3)

@@ -1,4 +1,4 @@
-"""The list of saved conversations is read quickly, and says what opening each one would say."""
+"""The list of saved conversations is read quickly, and says what opening each one would show."""
 
 import os
 import random
@@ -58,7 +58,7 @@ def change(name, *statements):
 
 
 def slowly(name):
-    """Return a summary's contents as opening the session gives them."""
+    """Return what a summary should contain, found by opening the session."""
     with Store.open(session_paths(name).database) as store:
         state = store.state
         title = first_question(store)

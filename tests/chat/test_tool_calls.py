@@ -37,7 +37,7 @@ from tests.fakes.tool_models import (
 )
 
 names = pytest.mark.parametrize("name", MODELS)
-# The name of a special token, which the model spells in an argument.
+# The name of a special token, which the model spells out in an argument.
 SPELLED = "<|im_end|>"
 CALLS = [("weather", {"of": "Rome"}), ("time", {"of": f"the {SPELLED}", "in": [1, None]})]
 

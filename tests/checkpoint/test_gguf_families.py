@@ -32,7 +32,7 @@ from tests.fakes.tiny import (
 from tests.fakes.tiny_models import all_logits, some_ids
 
 KINDS = ["F32", "F16", "BF16", *FORMATS]
-# As in published files: the head and some matrices have other types than the rest.
+# As in published files: the head and some matrices have different types from the rest.
 MIXED = {
     "model.embed_tokens.weight": "Q6_K",
     "lm_head.weight": "Q6_K",

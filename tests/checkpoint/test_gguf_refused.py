@@ -101,7 +101,7 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
 
 
 def renamed(architecture: str, **values: Any) -> dict[str, Any]:
-    """Return the changes that give a file another architecture and more keys."""
+    """Return the changes that give a file a different architecture and extra keys."""
     own = {key.replace("llama.", f"{architecture}."): value for key, value in KEYS.items()}
     more = {f"{architecture}.{name}": value for name, value in values.items()}
     return {"architecture": architecture, "keys": own | more}
@@ -176,9 +176,9 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (words(pre="default"), TokenizerError, "pre 'default' does not say how text is split: use a"),
     (words(tokens=None), TokenizerError, "tokenizer.ggml.tokens is missing"),
     (words(tokens=[1, 2]), TokenizerError, "tokens must be an array of strings"),
-    (words(tokens=[*TOKENS, *["a"] * 11]), TokenizerError, "for an embedding of"),
+    (words(tokens=[*TOKENS, *["a"] * 11]), TokenizerError, "but the embedding has"),
     (words(tokens=[*TOKENS[:-1], "the"]), TokenizerError, "'the' occurs twice"),
-    (words(tokens=["", *TOKENS[1:]]), TokenizerError, "token 0 is special and empty"),
+    (words(tokens=["", *TOKENS[1:]]), TokenizerError, "token 0 is special but empty"),
     (words(token_type=None), TokenizerError, "tokenizer.ggml.token_type is missing"),
     (words(token_type=TYPES[:-1]), TokenizerError, "token_type has"),
     (words(token_type=TOKENS), TokenizerError, "token_type must be"),

@@ -31,7 +31,7 @@ SPELLINGS = {
 
 
 def wrap(folder: Path, spelling: str) -> Path:
-    """Put the model of a folder inside a Mistral 3, with a part for images."""
+    """Put a folder's model inside a Mistral 3 that has an image part."""
     inner, head, other = SPELLINGS[spelling]
     raw = json.loads((folder / "config.json").read_text())
     outer: dict[str, Any] = {"model_type": "mistral3", "vision_config": {"model_type": "pixtral"}}

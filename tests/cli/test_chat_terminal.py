@@ -20,7 +20,7 @@ from tests.fakes.terminals import CTRL_C, ENTER, PASTE, UP, Terminal
 from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_config, write_letters
 
-# Python 3.12 and later warn of a fork in a process with threads. It is harmless here, because
+# Python 3.12 and later warn about a fork in a process with threads. It is harmless here, because
 # pexpect's child runs a program at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
@@ -191,7 +191,7 @@ def test_control_c_ends_the_reading_of_a_long_question(slow):
 
 
 def reads(chat, *keys):
-    """Send keys, wait until something is read, and return what then replaces its progress."""
+    """Send keys, wait until something is read, and return what then replaces the progress line."""
     chat.type(*keys)
     chat.see("reading")
     after = chat.see(" attended · ").rpartition("\x1b[2K")[2]

@@ -46,7 +46,7 @@ def chat(model: Model) -> ChatSession:
 
 @pytest.fixture
 def saved(model: Model):
-    """Give a conversation of two exchanges, saved as `letters`."""
+    """Yield a conversation of two exchanges, saved as `letters`."""
     one = open_session("letters", model, OPTIONS)
     asked(one.chat)
     yield one
@@ -66,7 +66,7 @@ def say(line: str, chat: ChatSession, progress=None):
 
 
 def everything(chat: ChatSession) -> tuple[object, ...]:
-    """Return all of a conversation that a command may change."""
+    """Return everything in a conversation that a command may change."""
     files = saved_as(chat)
     return (
         chat.exchanges,
@@ -83,7 +83,7 @@ def questions(chat: ChatSession) -> list[str]:
 
 
 def written(name: str) -> list[str]:
-    """Return the questions that the transcript of a session has."""
+    """Return the questions in a session's transcript."""
     with open_transcript(name) as store:
         return [turn.exchange.question for turn in store.turns()]
 
@@ -121,7 +121,7 @@ def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, ch
 
 
 def answered(outcome, text: str) -> None:
-    """Check that a command was answered with a text and nothing else."""
+    """Check that a command was answered with this text and nothing else."""
     assert (outcome.text, outcome.pieces, outcome.prefill, outcome.quit) == (text, None, "", False)
 
 
@@ -307,7 +307,7 @@ class FullDisk:
 def test_a_full_disk_is_one_line(line, chat):
     chat.recorder = FullDisk()
     answered(say(line, chat), "the disk is full")
-    pieces = say("/retry", chat).pieces  # an error in the reply is raised to its reader
+    pieces = say("/retry", chat).pieces  # an error in the reply is raised to whatever reads it
     assert pieces or line == "/clear"
     if pieces:
         with pytest.raises(SessionError, match="full"):

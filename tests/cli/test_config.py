@@ -81,7 +81,7 @@ def test_the_order_is_option_environment_file(monkeypatch):
         ('window = "3"', "window must be a whole number, 1 or more, not '3'"),
         ("temperature = true", "temperature must be a number"),
         ("prompts = 3", "prompts must be a table"),
-        ("[prompts]\na = 3", "prompts.a must be a text"),
+        ("[prompts]\na = 3", "prompts.a must be text"),
         ("window = = 3", "is not TOML"),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [((), "another process has written it"), (("--force",), "not be replaced")],
+    [((), "another process has written this"), (("--force",), "not be replaced")],
 )
 def test_a_process_that_was_first_keeps_its_folder(source, tmp_path, monkeypatch, options, why):
     flush, out = write.flush, tmp_path / "out"

@@ -141,7 +141,7 @@ def test_a_prompt_and_a_file_exclude_each_other(letters, prompts):
 
 
 def test_no_other_file_is_touched(letters, tmp_path):
-    """This holds for a file named like a partial one, and for a link that leads nowhere."""
+    """This holds for a file named like a partial one, and for a dangling symlink."""
     prompts, link = tmp_path / "in.new", tmp_path / "link"
     prompts.write_text('"a"\n')
     done(*options(letters, prompts, tmp_path / "in", "--max-tokens", 2))

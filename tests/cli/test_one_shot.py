@@ -1,4 +1,4 @@
-"""`chat -p`: one question, with a pipe, a file, or files that it names; and lines as turns."""
+"""`chat -p`: one question, with a pipe, a file, or files that it names; and lines read as turns."""
 
 import subprocess
 import time

@@ -1,4 +1,4 @@
-"""Installed programs as verbs: found by entry points, given all remaining arguments."""
+"""Installed programs as commands: found by entry points, given all remaining arguments."""
 
 import subprocess
 import sys

@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> Model:
 
 @pytest.fixture
 def saved(model: Model):
-    """Give a saved conversation whose first exchange has left the window."""
+    """Yield a saved conversation whose first exchange has left the window."""
     one = open_session("letters", model, OPTIONS)
     for question in (SECRET, *(f"Let us talk of number {n} now." for n in range(6))):
         said(one.chat.reply(question))
@@ -90,7 +90,7 @@ def test_what_was_quoted_is_shown_without_terminal_controls(saved):
 
 def test_forget_removes_an_exchange_and_the_line_that_asked_it(saved):
     path = typed(SECRET, f"/edit {SECRET}", "Hello", "two\nlines")
-    assert say("/forget 1", saved.chat) == "forgotten: exchange 1"
+    assert say("/forget 1", saved.chat) == "exchange 1 is deleted"
     assert lines_of(path) == ["Hello", "two\nlines"] and path.stat().st_mode & 0o077 == 0
     home = Path(os.environ["MLX_STREAM_HOME"])
     files = [path for path in home.rglob("*") if path.is_file()]

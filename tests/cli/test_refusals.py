@@ -193,7 +193,7 @@ def written(file: str, content: bytes) -> Callable[[Path], object]:
 def tensors(
     name: str, shape: tuple[int, ...] = (), dtype: str = "float32"
 ) -> Callable[[Path], object]:
-    """Write the weights again, with one of a different shape, or without it."""
+    """Write the weights again, with one given a different shape or left out."""
     weights = {key: value for key, value in WEIGHTS.items() if key != name}
     weights |= {name: np.ones(shape, np.float32)} if shape else {}
     return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False)

@@ -17,7 +17,7 @@ from tests.fakes.shell import DEADLINE, done, parsed, run
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a home without launchctl and systemctl."""
+    """Return a home without launchctl or systemctl."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

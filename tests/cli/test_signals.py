@@ -59,7 +59,7 @@ def test_a_signal_at_a_random_moment(letters, number):
         # Until the first token of a question is read, the turn is only in the state ASKED.
         answered = [turn.exchange.reply for turn in found if turn.state != ASKED]
         assert len(answered) >= len(found) - 1
-        # The last line may lack a piece that was computed and not shown.
+        # The last line may lack a piece that was computed but not shown.
         *whole, last = out.decode().removesuffix("\n").split("\n")
         assert answered[: len(whole)] == whole
         assert [*answered, ""][len(whole)].startswith(last)

@@ -1,4 +1,4 @@
-"""The verbs as users see them: whole transcripts, results, help and wrong usage."""
+"""The commands as users see them: whole transcripts, results, help and wrong usage."""
 
 import importlib.metadata
 import math
@@ -327,7 +327,7 @@ def test_only_bench_needs_mlx_lm(
     for package in ("mlx_lm", "transformers"):
         for name in [name for name in sys.modules if name.split(".")[0] == package]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     done("generate", tiny, "-p", "the", "--max-tokens", 5, *GREEDY)
     done("score", tiny, text, "--window", 20)
     done("plan", tiny)

@@ -20,7 +20,7 @@ REQUIRED += ("num_attention_heads", "vocab_size", "rms_norm_eps")
 COUNTS = (*REQUIRED[1:6], "num_key_value_heads", "head_dim", "max_position_embeddings")
 NO_NUMBERS = (True, 0, -1.0, "1", [1], math.nan, math.inf)
 
-# --- changes to a config, and the text of its refusal ---
+# --- changes to a config, and the error it raises ---
 
 # Keys that change the computation, in each family.
 KEYS_THAT_MATTER = {

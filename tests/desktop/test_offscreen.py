@@ -11,10 +11,10 @@ from tests.fakes.shell import DEADLINE
 
 
 def qt_is_missing() -> str:
-    """Return why Qt cannot draw here, or nothing."""
+    """Return why Qt cannot draw here, or "" if it can."""
     if sys.platform != "linux":
         return "Toga draws with Qt on Linux only"
-    # In another process, because a backend is chosen once, and these tests have chosen the dummy.
+    # In its own process, because a backend is chosen once, and these tests have chosen the dummy.
     tried = subprocess.run(
         [sys.executable, "-c", "import toga_qt, PySide6.QtWidgets"], capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""The desktop app's parts: lines of text, pauses between drawings, names, rows."""
+"""The desktop app's parts: lines of text, pauses between redraws, names, rows."""
 
 import time
 from itertools import pairwise

@@ -16,7 +16,7 @@ def clicked(view, name):
 
 
 def press(one, text):
-    """Choose a command of the menus, or press its key."""
+    """Choose a menu command, or press its shortcut."""
     next(c for c in one.commands if getattr(c, "text", None) == text).action()
 
 

@@ -33,7 +33,7 @@ def hold(chat, questions):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_sessions_at_once_say_what_each_says_alone(letters, engine, shared):
-    """They are equal to the bit unless steps are shared; greedy letters are equal even then."""
+    """They are equal bit for bit unless steps are shared; greedy letters are equal even then."""
     chats = {n: engine.session(sampling=GREEDY, shared=shared, **OPTIONS) for n in QUESTIONS}
     model, found = mlx_stream.load(letters, dtype="float32", keep_quantized=False), {}
 

@@ -1,4 +1,4 @@
-"""Messages, histories, forks and progress work through an engine's handles as without threads."""
+"""Messages, histories, forks and progress work through an engine's handles as they do alone."""
 
 import asyncio
 import threading
@@ -84,7 +84,7 @@ def test_a_fork_that_does_not_fit_is_refused_and_frees_what_it_took(letters):
         chat = engine.session(**OPTIONS)
         said(chat.reply("Hi"))
         used = engine.memory[0]
-        with engine._worker.lock:  # closed while a command before the copy is done
+        with engine._worker.lock:  # closed while an earlier command is still queued
             chat.clear()
             fork = chat.fork()
             fork.close()

@@ -36,7 +36,7 @@ def byte_level():
 
 
 def blank_lines(split=None):
-    """Return a byte-level tokenizer that has tokens of several spaces or line ends."""
+    """Return a byte-level tokenizer that has tokens for several spaces or line ends."""
     merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), (".", "Ċ")]
     tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
@@ -93,7 +93,7 @@ def fed(words, pieces):
 
 
 def whole(turns, text):
-    """Return the ids of an open turn with all of a text in it."""
+    """Return the ids of an open turn that holds a whole text."""
     return turns.encode(turns.open_turn().opening + turns.escape_special_tokens(text))
 
 
@@ -102,7 +102,7 @@ def cut(text, places):
 
 
 @given(
-    # The template's last line end is read before any text is there.
+    # The template's trailing newline is read before any text arrives.
     text=st.just(TEXT[1:]) | st.lists(st.sampled_from(SPACED), max_size=30).map("".join),
     places=st.lists(st.integers(0, 90) | st.integers(0, len(TEXT)), max_size=60),
 )

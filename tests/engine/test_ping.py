@@ -1,4 +1,4 @@
-"""A ping comes back from the engine's thread, unless a step is in progress or the engine closed."""
+"""A ping comes back from the engine's thread, unless a step is running or the engine is closed."""
 
 import threading
 from pathlib import Path

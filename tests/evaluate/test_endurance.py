@@ -18,7 +18,7 @@ from tests.fakes.shell import DEADLINE, done, parsed, program
 
 SEGMENT = 64
 SETTINGS = ("--window", 30, "--segment", SEGMENT, "--chunk", 24)
-# Figures that a clock or the machine's memory decides.
+# Figures that depend on the clock or the machine's memory.
 MEASURED = ("tokens_per_second", "resident_bytes", "active_bytes")
 Command = Callable[..., tuple[object, ...]]
 
@@ -223,7 +223,7 @@ def test_a_log_in_use(endurance: Command, tmp_path: Path) -> None:
     try:
         wait_for_lines(tmp_path / "log", 1, process)
         line = one_line(*endurance("log", 1))
-        assert line.endswith("another process is writing this log")
+        assert line.endswith("another process is writing to this log")
     finally:
         process.kill()
         process.communicate(timeout=DEADLINE)

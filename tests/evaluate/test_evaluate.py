@@ -98,7 +98,7 @@ def test_mlx_lm_before_its_cache_is_full_is_dense(tied: bool) -> None:
     assert found == pytest.approx(dense_losses(model, IDS), abs=CLOSE)
 
 
-# --- one text through several ---
+# --- one text through several caches ---
 
 
 @pytest.fixture

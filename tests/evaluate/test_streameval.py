@@ -44,7 +44,7 @@ def ids_until(model: Model, after: int) -> list[int]:
 
 
 def plain_stream(model: Model, after: int) -> TokenStream:
-    """Return a stream without spare rows that has read up to a line and was asked nothing."""
+    """Return a stream without spare rows that has read up to a line and has been asked nothing."""
     stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
     stream.read(ids_until(model, after))
     return stream
@@ -127,8 +127,8 @@ def test_candidates_score_as_they_do_from_scratch(
     )
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
     assert len([*streams.run_distances(model, cache, DATA, asked)]) == len(asked) == 12
-    # The ring has gone round twice before the first query. Some lines of each distance are inside,
-    # some outside.
+    # The ring has wrapped twice before the first query. At each distance, some lines are inside
+    # and some outside.
     for index in (0, 5, 10):
         one, (likelihoods, written) = asked[index], given[index]
         for chosen in (one.right, 9 - one.right):
@@ -179,7 +179,7 @@ def test_a_written_answer_ends_before_an_end_token(
 def test_inside_is_what_the_cache_attends_to(
     model: Model, asked: list[EncodedQuery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last token that a candidate is scored by is read, and the stream says what it attends."""
+    """The last token that scores a candidate is read, and the stream says what it attends to."""
     found: list[float] = []
 
     def listen(

@@ -73,7 +73,7 @@ class Running:
     def until(
         self, done: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE
     ) -> dict[str, Any]:
-        """Wait until its status is the wanted one and stays so for a second; return the status."""
+        """Wait until its status is `done` and no count changes for a second; return the status."""
         end, status, since, last = time.monotonic() + seconds, {}, 0.0, None
         while time.monotonic() < end:
             assert self.process.poll() is None, f"it has ended: {self.said}"

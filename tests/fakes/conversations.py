@@ -1,4 +1,4 @@
-"""What every conversation must be after each of its turns, for tests and measurements."""
+"""What must be true of every conversation after each turn, for tests and measurements."""
 
 import re
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def pieces_of(chat: Any, act: str, question: str) -> Any:
 
 
 def leave_unanswered(saved: SavedSession, question: str) -> None:
-    """Leave a question and its session as a program killed during the reply does."""
+    """Leave a question and its session as a program killed during the reply would."""
     pieces = saved.chat.reply(question)
     next(pieces)
     saved.chat.recorder = None

@@ -8,7 +8,7 @@ CONTROL = re.compile(r"\x1b\[([\d;]*)([A-Za-z])|\n|[^\x1b\n]+")
 
 
 class Emulator:
-    """The rows of a screen and of what has scrolled out of it.
+    """The rows of a screen and of what has scrolled off it.
 
     Args:
         columns, rows: the size.
@@ -23,7 +23,7 @@ class Emulator:
         self.lines, self.styled, self._row = [""], [""], 0
 
     def resize(self, columns: int) -> None:
-        """Change the width; longer rows take several, as in most terminals."""
+        """Change the width; longer rows wrap, as in most terminals."""
         self.columns, before = columns, self.lines
         self.lines = []
         for line in before:

@@ -1,4 +1,4 @@
-"""Makes the nth call fail of those that write, flush or rename a file."""
+"""Makes the nth call that writes, flushes or renames a file fail."""
 
 import fcntl
 import os

@@ -17,7 +17,7 @@ class Clock:
 
 
 class Reading:
-    """A followed file, what was read from it, and its notices; it can restart as after a kill."""
+    """A followed file, what was read from it, and its notices; it can restart as if killed."""
 
     def __init__(self, path: Path, from_end: bool = False, excluded: Path | None = None):
         self.path, self.clock = path, Clock()
@@ -69,6 +69,6 @@ def rotate(path: Path) -> None:
 
 
 def write(path: Path, data: bytes, second: int) -> None:
-    """Append to a file, with a given time of modification."""
+    """Append to a file, and set its modification time."""
     add(path, data)
     os.utime(path, (second, second))

@@ -20,9 +20,9 @@ INTERLEAVED = ("llama", "mistral3", "smollm3")
 # as a multiple of d.
 RANDOM = {"Q2_K": (16.0, 1.5), "Q3_K": (43.0, 0.0), "Q4_K": (240.0, 7.5)}
 RANDOM |= {"Q5_K": (490.0, 15.5), "Q6_K": (1370.0, 0.0)}
-# Where d and m stand in a block.
+# Where d and m are in a block.
 PLACES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-# Widths that every type divides.
+# Widths that every type's block size divides.
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16}
 
 
@@ -58,7 +58,7 @@ def write_family(
 
     Args:
         raw: a `tiny_config`.
-        kinds: the types of single matrices, by Hugging Face name; all others have `kind`.
+        kinds: the types of individual matrices, by Hugging Face name; all others have `kind`.
         parts: about how many files to write, named as llama.cpp names them.
     """
     architecture = str(ARCHITECTURES.get(raw["model_type"], raw["model_type"]))

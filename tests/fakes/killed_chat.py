@@ -206,7 +206,7 @@ class Kills:
         return Path(os.environ["MLX_STREAM_HOME"])
 
     def kill(self, number: int) -> str:
-        """Kill once and inspect what is left; return a line for a log."""
+        """Kill once and inspect what is left; return a log line."""
         target = ("snapshot", "commit", "reply", "snapshot", "commit", "opening")[number % 6]
         name = "long" if number % 3 else f"s{number // 9}"
         path = self.home.parent / "marks"
@@ -232,7 +232,7 @@ class Kills:
         return told
 
     def stored(self, name: str) -> list[Turn]:
-        """Return what a transcript holds, from a copy: the killed files are used again."""
+        """Return what a transcript holds, from a copy, because the files are used again."""
         with self.copied():
             database = session_paths(name).database
             if not database.exists():

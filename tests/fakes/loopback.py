@@ -30,8 +30,8 @@ class Hub:
 
     Attributes:
         repos: folders by name; all their files are listed, safetensors as large ones (LFS).
-        asked: the paths of requests; `ranges` those of them that asked for a part, with its start.
-        errors: status and error code by name of a model, or of a file.
+        asked: the paths of requests; `ranges` are those that asked for a part, with its start.
+        errors: status and error code, by model or file name.
         listed: changes to a file's entry in listings, by its name, to make it false.
         sent: by a file's name, a function from (content, start) to the bytes that are sent instead;
             if they are too few, the connection ends early.
@@ -122,7 +122,7 @@ class Hub:
 
 
 def digest(path: Path) -> str:
-    """Return the hash a file is listed by: large ones by their own, others by Git's."""
+    """Return the hash a file is listed by: SHA-256 for large files, Git's for others."""
     if path.suffix == ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return git_digest(path)
@@ -143,7 +143,7 @@ def model_fixture(tmp_path: Path) -> Path:
 
 @pytest.fixture(name="home")
 def home_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Point caches, indices and Hub to `tmp_path` or a closed port; return the package's cache."""
+    """Point caches, indices and Hub at `tmp_path` or a closed port; return the package's cache."""
     for name in [name for name in os.environ if name.startswith(("HF_", "PIP_"))]:
         monkeypatch.delenv(name)
     for name in ("HOME", "MLX_STREAM_HOME", "HF_HOME"):

@@ -10,7 +10,7 @@ from safetensors import TensorSpec, serialize_file
 
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 
-# AutoAWQ's `packing_utils.AWQ_ORDER`: which output each nibble has.
+# AutoAWQ's `packing_utils.AWQ_ORDER`: which output each nibble holds.
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 Arrays = dict[str, np.ndarray]
 
@@ -47,7 +47,7 @@ def awq(weight: np.ndarray, group: int) -> tuple[Arrays, np.ndarray]:
 
 
 def gptq(weight: np.ndarray, group: int, bits: int = 4, less: int = 1) -> tuple[Arrays, np.ndarray]:
-    """Quantize in GPTQ's first format: zeros are stored minus 1 (`less`), in a nibble."""
+    """Quantize in GPTQ's original format: zero points are stored minus 1 (`less`), in a nibble."""
     codes, scales, zeros, values = integers(weight, bits, group)
     tensors = {
         "qweight": np.ascontiguousarray(pack(codes, bits).T),

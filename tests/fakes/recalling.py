@@ -1,4 +1,4 @@
-"""Texts and a store in memory for tests of recall."""
+"""Texts and an in-memory store for the recall tests."""
 
 # ruff: noqa: RUF001 (the punctuation of other languages)
 
@@ -102,7 +102,7 @@ class EmptyStore(MemoryStore):
 
 
 class IndexedStore:
-    """A store of an app: the index in memory, the exchanges in a dict."""
+    """An app's own store: the index in memory, the exchanges in a dict."""
 
     def __init__(self) -> None:
         self.index, self.left = WordIndex.in_memory(), dict[int, tuple[str, str]]()

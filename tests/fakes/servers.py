@@ -29,7 +29,7 @@ def body_of(text: str = "Hello", stream: bool = True, limit: int = 8, **more: An
 
 @dataclass
 class RunningServer:
-    """A server that runs; `lines` are its log, and `notices` what it tells its user."""
+    """A running server; `lines` are its log, and `notices` what it tells its user."""
 
     service: ModelService
     listening: Listening
@@ -70,7 +70,7 @@ class RunningServer:
         body: str = "",
         host: str = "127.0.0.1",
     ) -> "Answer":
-        """Send one request, and return what comes until the server closes or the body is whole."""
+        """Send one request, and return what comes until the server closes or the body ends."""
         return self.send(self.head(method, path, headers, body), host)
 
     def send(self, data: bytes, host: str = "127.0.0.1") -> "Answer":

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.fakes.shell import edit
 from tests.fakes.tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 
-# Names of special tokens in the source of a template.
+# Names of special tokens in a template's source.
 BAR = "\uff5c"
 NAMES = re.compile(
     rf"<\|[^|<>]+\|>|<\|\w+>|<\w+\|>|<{BAR}[^<>]+{BAR}>|\[/?[A-Z_]{{2,}}\]|</?think>|</?s>"
@@ -24,7 +24,7 @@ CONFIG = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=VOC
 def thinker_tokenizer(source: str) -> Tokenizer:
     """Return a byte-level tokenizer with the special tokens that a template names.
 
-    Words fill the vocabulary, so the model writes no id without a text.
+    Words fill the vocabulary, so the model writes no id that has no text.
     """
     backend = tiny_tokenizer()
     names = dict.fromkeys(NAMES.findall(source))
@@ -57,7 +57,7 @@ def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.n
 def write_random(
     folder: Path, source: str, eos: str, positions: int = 2_048
 ) -> tuple[Path, dict, dict]:
-    """Write a model with a chat template that writes random text.
+    """Write a model that has a chat template and writes random text.
 
     Returns:
         Its folder, its config and its weights.
@@ -69,7 +69,7 @@ def write_random(
 
 
 def write_thinker(folder: Path, source: str, script: Sequence[str], eos: str) -> Path:
-    """Write a model with a chat template that mostly writes a script; return its folder."""
+    """Write a model that has a chat template and mostly writes a script; return its folder."""
     weights = thinker_weights(thinker_tokenizer(source), script)
     return write(folder, source, eos, CONFIG, weights)
 

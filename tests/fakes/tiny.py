@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Changes to `tiny_config`: two ways to set the frequencies, and the other architecture.
+# Changes to `tiny_config`: other ways to set the frequencies, and other families.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -1,4 +1,4 @@
-"""Small chat templates with tools, one for each shape of calls, and what their models write."""
+"""Small chat templates with tools, one for each format of calls, and what their models write."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,7 @@ HARMONY = (
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# As Llama 3.1: one call at a time, results as JSON, and the tools where an option says.
+# As Llama 3.1: one call at a time, results as JSON, and the tools where an option puts them.
 LLAMA = (
     "{% if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif %}"
     "{% macro head(role) %}<|start_header_id|>{{ role }}<|end_header_id|>\n\n{% endmacro %}"
@@ -125,9 +125,9 @@ class ToolModel:
     Attributes:
         thinking, thought: texts around its thinking, if it thinks.
         answer: what the model writes before an answer.
-        calls: writes calls of a name and arguments.
+        calls: writes calls, given a name and arguments.
         ends: what ends a reply with calls, and one without.
-        most: the most calls in a reply.
+        most: the maximum number of calls in a reply.
     """
 
     source: str

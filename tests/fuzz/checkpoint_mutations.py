@@ -1,6 +1,6 @@
 """Makes hostile files of tiny models, by seed: bytes, JSON, headers, tokenizers, templates.
 
-Each mutation changes one or two files of a copy and says what it did; none is known to the product.
+Each mutation changes one or two files of a copy and says what it did; the package knows none.
 """
 
 import json
@@ -240,7 +240,7 @@ def template(folder: Path, draw: random.Random) -> str:
 
 
 def gguf_bytes(path: Path, draw: random.Random) -> str:
-    # This is near enough: the data of these files is the last six tenths.
+    # This is close enough: data makes up the last 60 % of these files.
     end = draw.choice((32, 900, path.stat().st_size * 2 // 5))
     scramble(path, draw, 0, end)
     return f"bytes before {end}"

@@ -79,7 +79,7 @@ def attempt(path: Path) -> tuple[str, str]:
             way(path)
         except MlxStreamError as error:
             line = str(error)
-            # The command line folds line breaks that come from a file's own words.
+            # The command line folds line breaks that come from a file's own text.
             assert len(line) <= 1_000, f"{way.__name__}: {len(line)} characters: {line[:200]}"
             outcome = (type(error).__name__, line)
     return outcome

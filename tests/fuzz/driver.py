@@ -3,11 +3,11 @@
     python -m tests.fuzz.checkpoints --count 3000 --seed 1
     python -m tests.fuzz.sessions --count 1000 --seed 1
 
-A module of this folder says what is fuzzed. It sets the SECONDS of processor time and the bytes of
+A module in this folder says what is fuzzed. It sets the SECONDS of processor time and the bytes of
 GROWTH allowed for one file. Its `prepare(place)` writes what is altered. Its `start(place)` returns
-a function that takes random numbers, and returns what it has altered and a function that opens the
-file and returns an outcome and a line. Anything else is a BUG. The exit status is 1 if there was
-one, and the number that makes the file again is printed.
+a function that takes random numbers, alters a file, and returns what it altered and another
+function, which opens the file and returns an outcome and a line. Anything else is a BUG. The exit
+status is 1 if there was one, and the number that recreates the file is printed.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def work(name: str, place: Path) -> None:
 
 
 def memory(key: str) -> int:
-    """Return one figure of this process in bytes; on systems other than Linux, its largest size."""
+    """Return one memory figure of this process in bytes; outside Linux, always its peak size."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -120,7 +120,7 @@ class Worker:
         return json.loads(line) if line else None
 
     def stop(self) -> int | None:
-        """End the process; return its status if it had ended by itself."""
+        """End the process; return its status if it had ended on its own."""
         process, self.process = self.process, None
         if process is None:
             return None

@@ -1,4 +1,4 @@
-"""Alters any file at random: its bytes, its header of tensors, or what is in its place.
+"""Alters any file at random: its bytes, its tensor header, or what is in its place.
 
 An alteration takes a path and random numbers. Numbers that no file should have are here too.
 """
@@ -30,7 +30,7 @@ DEPTH = 100_000
 
 
 def scramble(path: Path, luck: Random, begin: int = 0, end: int | None = None) -> None:
-    """Change some bytes between two places."""
+    """Change some bytes between two offsets."""
     data = bytearray(path.read_bytes())
     for _ in range(luck.randint(1, 6)):
         at = luck.randrange(begin, max(begin + 1, len(data) if end is None else end))
@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """List every (container, key) of a JSON value, at most a few thousand."""
+    """List every (container, key) in a JSON value, at most a few thousand."""
     found: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting and len(found) < 5_000:
@@ -138,7 +138,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change_json(value: Any, luck: Random, names: Sequence[str] = ("more",)) -> str:
-    """Change one place of a JSON value; return what was done.
+    """Change one place in a JSON value; return what was done.
 
     Args:
         names: keys that may be added.
@@ -174,11 +174,11 @@ def dumps(value: Any) -> str:
         return "[" * 5_000
 
 
-# --- the header of a file of tensors ---
+# --- the header of a tensor file ---
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Return the header of a file of tensors, and what follows it."""
+    """Return the header of a tensor file, and what follows it."""
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + size]), data[8 + size :]

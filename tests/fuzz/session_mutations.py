@@ -34,11 +34,11 @@ def another(path: Path, luck: Random) -> None:
     shutil.copy(luck.choice(beside), path)
 
 
-# --- a snapshot whose checksum agrees ---
+# --- a snapshot whose checksum matches ---
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, mx.array]], Any]) -> None:
-    """Change header and arrays of a snapshot, and compute its checksum again."""
+    """Change a snapshot's header and arrays, and recompute its checksum."""
     loaded: Any = mx.load(str(path), return_metadata=True)
     arrays, metadata = loaded
     header = json.loads(metadata["header"])
@@ -132,7 +132,7 @@ def forge_tables(path: Path, luck: Random) -> None:
 
 
 def forge_rows(path: Path, luck: Random) -> None:
-    """Change values, and compute every checksum again."""
+    """Change values, and recompute every checksum."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         state = list(connection.execute("SELECT * FROM session").fetchone())
         turns = [list(r) for r in connection.execute("SELECT * FROM turns ORDER BY number")]
@@ -196,7 +196,7 @@ def forge_message(row: list[Any], luck: Random) -> None:
 
 
 def forge_turn(turn: list[Any], rows: list[list[Any]], luck: Random) -> None:
-    """Change a turn's row, and what was said in it so that it is a turn of that state."""
+    """Change a turn's row, and what was said in it to fit the new state."""
     odd = luck.choice((0, 1, 2, 299, 300, 2**31, 2**32 - 1))
     ids = luck.choice(((), (odd,), (1, 5, 6), (7,) * 2000))
     what = luck.randrange(4)

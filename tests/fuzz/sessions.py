@@ -155,7 +155,7 @@ class Judge:
         return "as it was", ""
 
     def measured(self, options: SessionOptions) -> tuple[Found, int]:
-        """Open, reply and close; also return the most bytes that MLX held."""
+        """Open, reply and close; also return the peak bytes that MLX held."""
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory()

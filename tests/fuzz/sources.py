@@ -22,7 +22,7 @@ from tests.fakes.following import Reading, add, rotate
 from tests.fuzz import driver
 
 SECONDS = 30.0
-GROWTH = 160 << 20  # the generator has several copies of a line of 10 MB
+GROWTH = 160 << 20  # the generator holds several copies of a 10 MB line
 STEPS = 60
 ROOMS = (1, 5_000, 2**20)
 ODD = (
@@ -54,7 +54,7 @@ def line(luck: Random, number: int, long: bool) -> bytes:
 
 
 def check(taken: bytes, written: bytes) -> None:
-    """Check that everything was read, except zero bytes, which are not text."""
+    """Check that everything was read, except NUL bytes, which are not text."""
     found, wanted = taken.replace(b"\0", b""), written.replace(b"\0", b"")
     if found != wanted:
         at = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), -1)

@@ -1,4 +1,4 @@
-"""A short run of each fuzzer, and forgeries by hand; the scripts run for any length of time."""
+"""A short run of each fuzzer, and handmade forgeries; the scripts run for any length of time."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -14,7 +14,7 @@ def grown(step: str, out: str = "ns.x | length", first: str = "1", times: int = 
 
 
 FOR, END = "{% for i in range(99999) %}", "{% endfor %}"
-# Each would take endless time or memory, or try to reach Python.
+# Each would take unlimited time or memory, or try to reach Python.
 HOSTILE_TEMPLATES = {
     "python": "{{ ''.__class__.__mro__ }}",
     "quiet loops": FOR * 2 + END * 2,
@@ -153,7 +153,7 @@ def some_template(draw: random.Random) -> str:
 Step = Callable[[dict[str, Any], random.Random], None]
 HUGE = (0, 1, -1, 2**31, 2**40, 2**62, 2**63)
 BEHAVIORS = ("Isolated", "Removed", "MergedWithNext", "Nothing")
-# Some of these take endless time for some texts.
+# Some of these take forever on some texts.
 PATTERNS = ("", "(a*)*b", "(.|e)*x", "(?=(\\w+))\\1:", "\\w", "(x+x+)+y", "[", "(?<=a)", "(e*)*z")
 PATTERNS += ("(a|aa)+$", "(\\w+\\s?)+$", "(((((e+)+)+)+)+)z")
 PATTERNS += (

@@ -42,7 +42,7 @@ def stream_of(model, window=20, sinks=3, clock_limit=None):
 @functools.cache
 def handling(code):
     """Return the bytecodes before which Python may have handled a signal: after a call,
-    where a function begins or resumes, and where a loop goes round.
+    where a function begins or resumes, and where a loop repeats.
 
     This excludes the gap between storing and returning a value. It also excludes a call inside a
     `try` whose next bytecode is outside it: the call would raise, and the `try` would catch that.
@@ -64,9 +64,9 @@ def handling(code):
 
 
 def interrupt_at(count, function):
-    """Run a function; raise KeyboardInterrupt at the `count`th place in our code where it could.
+    """Run a function; raise KeyboardInterrupt at the `count`th place in our code that allows it.
 
-    Returns it, or None once the function has fewer such places.
+    Returns the exception, or None if the function has fewer such places.
     """
     left = count
 
@@ -243,7 +243,7 @@ def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monke
 
 
 def test_padding_never_reaches_real_rows(tiny_model):
-    """This holds even if the embedding has an unused row of NaN."""
+    """This holds even if the embedding has an unused row of NaNs."""
     model = tiny_model(tie_word_embeddings=False)
     weight = model.network.embed_tokens.weight
     weight[0] = float("nan")

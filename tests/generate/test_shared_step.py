@@ -74,7 +74,7 @@ class Twin:
         assert (ours.logits is None) == (theirs.logits is None)
         if ours.logits is not None and theirs.logits is not None:
             found, expected = np.array(ours.logits), np.array(theirs.logits)
-            # Another order of sums can round a key or value to the next code of 8 bits.
+            # A different summation order can round a key or value to the next 8-bit code.
             near = 1e-2 * np.abs(expected).max() if self.bits else 1e-4
             assert np.abs(found - expected).max() < near
 

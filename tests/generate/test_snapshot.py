@@ -165,7 +165,7 @@ def test_a_flipped_byte_is_found(saved: Path, data: st.DataObject) -> None:
     except SnapshotError as error:
         assert str(damaged) in str(error) and "\n" not in str(error)
         return
-    # JSON has meaningless spaces, and safetensors has padding.
+    # Damage to spaces in JSON or to padding in safetensors is harmless.
     whole = snapshot.load_snapshot(saved)
     assert (loaded.about, loaded.model) == (whole.about, whole.model)
     assert loaded.state.keys() == whole.state.keys()

@@ -124,7 +124,7 @@ def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
 
 
 def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
-    """Chi-square over their pairs; wrong acceptance of any kind moves it far out."""
+    """Chi-square over their pairs; any kind of wrong acceptance makes it far too large."""
     runs, vocabulary, warm = 2_000, 4, 3.0
     model = tiny_model(vocab_size=vocabulary, num_hidden_layers=1)
     prompt = [id % vocabulary for id in some_ids(30)]
@@ -177,7 +177,7 @@ def test_a_draft_model_changes_no_text(tiny_model, seed):
 
 
 def test_a_draft_model_is_kept_in_step(tiny_model):
-    """Whatever was guessed, read and taken back, it holds what the stream holds."""
+    """Whatever was guessed, read and taken back, the draft holds what the stream holds."""
     model = tiny_model()
     writer = guessing(model, draft=model)
     stream, speculator = writer.tokens, writer.speculator

@@ -156,7 +156,7 @@ def test_unattended_rows_are_zero_in_a_state(tiny_model, bits, way):
         lambda: cache.evict(4),
         lambda: stream.read([*itertools.islice(ids, 30)]),
         lambda: stream.rewind(5),
-        lambda: stream.next(7, Sampler(Sampling(0.0))),  # another step is built ahead
+        lambda: stream.next(7, Sampler(Sampling(0.0))),  # the next step is built ahead
         lambda: cache.evict(3),
         lambda: stream.rewind(2),
     ):
@@ -178,7 +178,7 @@ def test_unattended_rows_are_zero_in_a_state(tiny_model, bits, way):
 
 
 def pair(model) -> tuple[TokenStream, TokenStream]:
-    """Return two streams that have read the same, past their wrap."""
+    """Return two streams that have read the same ids, past their wrap."""
     streams = [TokenStream(model, model.new_cache(3, 20, 7)) for _ in range(2)]
     for stream in streams:
         stream.read(some_ids(40))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the Hub: caches, and a Hub on loopback."""
+"""Fixtures for the Hub tests: caches, and a Hub on loopback."""
 
 from tests.fakes.loopback import home_fixture, model_fixture, served_fixture
 

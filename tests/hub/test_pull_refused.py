@@ -1,4 +1,4 @@
-"""`pull` from a Hub that lies or has other formats: one line, and nothing looks complete."""
+"""`pull` from a Hub that lies or uses other formats: one line, and nothing looks complete."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -15,7 +15,7 @@ REPO = "org/name"
 
 @pytest.fixture
 def cached(whole: Path) -> Path:
-    """Return the folder of a cached model, with a blob and a link to it, and of another one."""
+    """Cache two models, each with a blob and a link to it; return the folder of one."""
     for name in (REPO, "org/other"):
         blobs, snapshot = storage_of(name) / "blobs", storage_of(name) / "snapshots" / ("0" * 40)
         blobs.mkdir(parents=True)

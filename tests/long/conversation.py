@@ -3,7 +3,7 @@
     python -m tests.long.conversation [--turns 10000]
 
 Questions are of all kinds and lengths; some replies are cut, retried, taken back or edited. After
-every turn the attended text must be what the model's template renders of it, system prompt first.
+every turn the attended text must be what the model's template renders for it, system prompt first.
 Prints one line of JSON; exits with 1 if memory grew. Takes minutes: pytest runs a short one.
 """
 
@@ -51,7 +51,7 @@ ACTIVE_GROWTH = 4_096  # bytes, for the constants of a few traces
 RESIDENT_GROWTH = 5_000_000
 # How many exchanges are attended varies, and their objects with them.
 OBJECT_GROWTH = 100
-# Turns between two checks of bytes and of the objects that Python's collector tracks.
+# Turns between two looks at memory and at the objects that Python's collector tracks.
 EVERY = 20
 LOOK = ("active", "cached", "resident", "objects")
 # More words than a tokenizer caches.
@@ -91,7 +91,7 @@ def check(saved: SavedSession, count: int) -> None:
 
 
 def look(chat: ChatSession) -> tuple[int, ...]:
-    """Return what must not grow, as named in `LOOK`."""
+    """Return what must not grow, in the order of `LOOK`."""
     # What the last step computed, for one token or many, is kept until the next step.
     chat.tokens._computed = []
     # A split random key keeps the whole pair alive; one that was restored does not.
@@ -145,8 +145,8 @@ def converse(model: Model, turns: int) -> dict:
 def grown(looks: np.ndarray) -> dict:
     """Return the memory after the first quarter of a conversation and at its end.
 
-    By then SQLite's own cache of pages is full, too. The count of objects is the minimum over a
-    tenth of the looks, or over 4.
+    By then SQLite's own page cache is full, too. The object count is the minimum over a tenth of
+    the looks, but at least 4 of them.
     """
     quarter, tenth = len(looks) // 4, max(4, len(looks) // 10)
     column: dict[str, np.ndarray] = dict(zip(LOOK, looks.T, strict=True))

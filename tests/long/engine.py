@@ -2,8 +2,8 @@
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
-The model is tiny. Half of the sessions share steps, and now and then a step fails as on a device
-that is lost. Afterwards single sessions repeat all conversations, one after the other, and
+The model is tiny. Half of the sessions share steps, and now and then a step fails as if the
+device were lost. Afterwards single sessions repeat all conversations, one after another, and
 the replies must be the same, id by id. A stream that listened must attend to what it was fed and
 nothing else, whenever it is inspected. Prints one line of JSON; exits with 1 if a reply did not
 end, something belonged to another session, or memory grew.
@@ -47,7 +47,7 @@ PATIENCE = 120.0  # seconds for one request
 RESIDENT_GROWTH = 8_000_000
 ACTIVE_GROWTH = 32_768
 OBJECT_GROWTH = 2_000
-LISTENERS = 5  # one of this many sessions listens
+LISTENERS = 5  # one in this many sessions listens
 STEPS_UNTIL_FAILURE = 700  # on average
 QUESTIONS = ("Go on.", "And the man of the house?", "x", "What is it in the end? " * 12)
 
@@ -63,7 +63,7 @@ class Life:
 
 
 class Worker:
-    """One thread that uses sessions one after the other."""
+    """One thread that uses sessions one after another."""
 
     def __init__(self, engine: mlx_stream.Engine, number: int, seed: int, until: float):
         self.engine, self.number, self.until = engine, number, until
@@ -198,7 +198,7 @@ class Worker:
         ids = [*heard.pinned, *heard.prompts.encode(heard.prompts.escape_special_tokens(fed))]
         wanted = ids[: heard.cache.geometry.sinks] + ids[heard.cache.oldest :]
         attended = heard.tokens.ids.attended()
-        # The first word may be cut elsewhere when it is encoded without the header before it.
+        # The first word may be split differently when it is encoded without the header before it.
         assert len(ids) == heard.tokens.length and attended == wanted, "another's text"
         self.done["heard as fed"] += 1
         pieces, _ = self.patiently(lambda: begun(listener.ask(f"{mine}What?")))
@@ -227,7 +227,7 @@ def again(model: mlx_stream.Model, life: Life) -> None:
             chat = chat.fork(count)
             continue
         wanted = next(replies)
-        if not wanted:  # cut while the question was read, at an unknown place
+        if not wanted:  # cut at an unknown point while the question was read
             return
         pieces = pieces_of(chat, act, question)
         list(islice(pieces, count if cut else None))

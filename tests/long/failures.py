@@ -35,7 +35,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """Look weights up at each step, so that one can be exchanged."""
+    """Look weights up at each step, so that one can be swapped out."""
     monkeypatch.setenv("MLX_STREAM_COMPILE", "0")
 
 
@@ -66,7 +66,7 @@ def fails(stack):
 
 
 def again(model, exchanges, **options):
-    """Return a session in which the same was said before and read at once."""
+    """Return a session that has read the same exchanges all at once."""
     chat = mlx_stream.ChatSession(model, **{**ALONE, **options})
     run_coroutine(chat.replay_steps(dict(enumerate(exchanges, 1))))
     chat.restart(chat.system, chat.stats.window)
@@ -171,7 +171,7 @@ def test_a_session_of_an_engine_continues_within_the_budget(letters, untraced, m
 
 
 def test_a_ring_that_failed_is_let_go_of(letters, untraced):
-    """The error, which is kept, does not keep it."""
+    """The error that is kept does not keep the ring alive."""
     gc.disable()  # the collector does not know how large an array is
     with engine_of(letters) as engine:
         engine.wait(DEADLINE)

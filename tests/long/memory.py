@@ -55,7 +55,7 @@ def run(tokens: int, limit: int = CACHE_LIMIT) -> dict[str, int | float | bool]:
     read(2 * (SINKS + WINDOW) - 1, 37)
     read(1, 1)  # a stream holds the hidden states of its last step: one token, here and at the end
     active_start = settled()
-    # Python and the allocator have seen each kind of step before residence is measured.
+    # Python and the allocator have seen each kind of step before resident memory is measured.
     warm_up = min(tokens // 10, 4_000)
     while cache.length < warm_up:
         read_mixed(read, random)

@@ -1,8 +1,8 @@
-"""Read very large and often rotated files and pipes, and check that each byte is read once.
+"""Read very large and frequently rotated files, and pipes, and check that each byte is read once.
 
     python -m tests.long.odd_files [--rotations 10000] [--size 1000]
 
-Reads a sparse file and a full one of SIZE MB, lines of 10 MB from a file and a pipe, and a file
+Reads a sparse file and a full one of SIZE MB, 10 MB lines from a file and a pipe, and a file
 that is rotated, in each of three ways. Prints a line of JSON for each; exits with 1 if a byte was
 lost or read twice, or if memory grew by more than 64 MB. No model is involved. Takes minutes.
 """
@@ -48,7 +48,7 @@ class Tally:
 
 
 class Reader:
-    """A followed file, and what was read of it."""
+    """A followed file, and what was read from it."""
 
     def __init__(self, path: Path):
         self.clock, self.read = Clock(), Tally()
@@ -98,7 +98,7 @@ def read_full(folder: Path, luck: random.Random, size: int) -> tuple[Tally, Tall
 
 
 def long_lines(luck: random.Random) -> Iterator[bytes]:
-    """Yield pieces of lines of 10 MB, some with no space in them."""
+    """Yield pieces of 10 MB lines, some with no space in them."""
     for number in range(LINES):
         unit = luck.choice((b"x", b"and the man ", "é€".encode(), b"\xff\0\xfe "))
         line = b"%d %b\n" % (number, unit * (LINE // len(unit)))
@@ -154,13 +154,13 @@ def rotate_dates(path: Path, turn: int) -> None:
 
 
 def copy_and_empty(path: Path, turn: int) -> None:
-    """Do as logrotate with copytruncate does."""
+    """Do what logrotate does with copytruncate."""
     path.with_name(f"{path.name}.1").write_bytes(path.read_bytes())
     os.truncate(path, 0)
 
 
 def rotated(how: Callable[[Path, int], None], unseen: int) -> Callable[..., tuple[Tally, Tally]]:
-    """Return what reads a file that is rotated, with this many rotations between two looks."""
+    """Return a function that reads a rotated file, with this many rotations between two looks."""
 
     def read(folder: Path, luck: random.Random, rotations: int) -> tuple[Tally, Tally]:
         path, wrote = folder / f"{how.__name__}.log", Tally()

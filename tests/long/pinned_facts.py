@@ -80,7 +80,7 @@ class Fact:
 
 
 def facts() -> list[Fact]:
-    """Return all facts; the right answers occur at every position of the lists."""
+    """Return all facts; the right answers occur at every position in the lists."""
     kinds = enumerate(KINDS.items())
     return [Fact(about, tuple(words.split()), i * 3 % 10) for i, (about, words) in kinds]
 

@@ -38,7 +38,7 @@ def load(folder: Path) -> Tokenizer:
 
 
 def differing_turns(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
-    """Return what differs between conversations and their whole render, in lines."""
+    """Return what differs between conversations and their whole render, as lines."""
     found = []
     for count in (1, 2, 5):
         for unread in ("", " and"):
@@ -51,7 +51,7 @@ def differing_turns(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
 
 
 def differing_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return the random ids whose streamed text is not the whole text, in lines."""
+    """Return the random ids whose streamed text is not the whole text, as lines."""
     draw, found = random.Random(1), []
     pieces = tokenizer.encode("".join(map(chr, range(0x3000))) + "\U0001f642\ufffd", special=False)
     for number in range(LISTS):
@@ -65,7 +65,7 @@ def differing_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def typed_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
-    """Return the names of control tokens that can be typed, in lines."""
+    """Return a line if control tokens can be typed."""
     prompts = PromptBuilder(tokenizer, template, None, pin=True)
     ids = prompts._control.ids
     names = [tokenizer.text_of(id) for id in ids]

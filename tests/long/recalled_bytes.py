@@ -35,7 +35,7 @@ THINGS = ("dog", "boat", "house", "garden", "piano", "violin", "bicycle", "kite"
 
 
 def question_at(turn: int, random: Random) -> str:
-    """Return a fact, or in each third turn a question about an earlier one."""
+    """Return a fact, or every third turn a question about an earlier one."""
     number = random.randrange(max(1, turn)) if turn % 3 == 2 else turn
     name, thing = NAMES[number % 8], THINGS[number // 8 % 8]
     about = f"{name}'s {thing} number {number}"
@@ -43,7 +43,7 @@ def question_at(turn: int, random: Random) -> str:
 
 
 def converse(home: Path, turns: int, recall: int) -> None:
-    """Hold a conversation; print what it takes after turn `EARLY` and at the end."""
+    """Hold a conversation; print its memory use after turn `EARLY` and at the end."""
     os.environ["MLX_STREAM_HOME"] = str(home)
     config = tiny_config(**SMALL, max_position_embeddings=4_096)
     model = load(write_letters(home / "letters", config), dtype="float32")

@@ -4,7 +4,7 @@ Run by hand (an hour on one core):
 
     python -m tests.long.reference_table TEXT --log table.jsonl
 
-Each setting adds a line to the log, and one that is there already is not run again. Exits 1 if any
+Each setting adds a line to the log, and one already there is not run again. Exits 1 if any
 token differs by more than 2e-3 nats.
 """
 

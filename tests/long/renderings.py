@@ -1,13 +1,13 @@
-"""Compare what we render of conversations, and what a stream reads of them, with transformers.
+"""Compare how we render conversations, and what a stream reads, with transformers.
 
     python -m tests.long.renderings TEMPLATE...
 
 The conversations have 1, 2 and 5 turns: with and without a system prompt, with and without thinking
-before a reply, with the switch for thinking unset, on and off, and with tools where the template
+before a reply, with the thinking switch unset, on and off, and with tools where the template
 accepts them. Each is rendered by transformers' `apply_chat_template` and by `ChatTemplate`; then
 its ids are compared with those that a stream holds after reading it turn by turn. The tokenizer is
 a byte-level one with the template's special tokens. Prints a line of JSON for each template, and
-the sums; exits with 1 if something differs.
+the totals; exits with 1 if something differs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Turn = tuple[tuple[Message, ...], str, str, tuple[ToolCall, ...]]
 
 
 def conversations(tools: bool, thinks: bool) -> Iterator[tuple[str, list[Turn]]]:
-    """Yield conversations with what is special about each."""
+    """Yield conversations, each with what is special about it."""
     for count in (1, 2, 5):
         turns = [(as_messages(q), a, "", ()) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
         yield f"{count} turns", turns[:count]
@@ -92,7 +92,7 @@ class Reader:
         ]
 
     def read(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the ids that a stream holds of a conversation, with the next message."""
+        """Return the ids that a stream holds after a conversation and the next message."""
         exchanges = {number: self.exchange(*turn) for number, turn in enumerate(turns, 1)}
         encoded = self.prompts.encode_again(exchanges)
         ids = [*self.prompts.pinned]

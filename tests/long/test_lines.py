@@ -7,5 +7,5 @@ from tests.long.lines import converse, flat
 
 def test_a_long_history_grows_by_its_record_only(letters):
     found = converse(letters, 120)
-    # The process has objects of other tests, which come and go.
+    # The process holds objects from other tests, which come and go.
     assert flat(found | {"objects_grown": 0}), found

@@ -46,7 +46,7 @@ def scripts(tokenizer: Any, style: ThinkingStyle, inside: bool, end: str) -> dic
 
 
 def talk(source: str, folder: Path) -> dict[str, int]:
-    """Hold conversations on a template; return how often something was checked."""
+    """Hold conversations with a template; return how often something was checked."""
     eos = end_of(source)
     path, config, weights = write_random(folder, source, eos)
     model = mlx_stream.load(path, dtype="float32", keep_quantized=False)
@@ -95,7 +95,7 @@ def talk(source: str, folder: Path) -> dict[str, int]:
 
 
 def end_of(source: str) -> str:
-    """Return the token that ends a reply on a template."""
+    """Return the token that ends a reply in a template."""
     names = ("<|return|>", "<|im_end|>", "<turn|>", "<|end_of_text|>", "</s>")
     found = [name for name in names if name in source]
     return found[0] if found else NAMES.findall(source)[-1]

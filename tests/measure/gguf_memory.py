@@ -1,11 +1,11 @@
-"""Load a GGUF file of Llama-3.2-1B's shape as Q4_K_M publishes it, and compare memory with `plan`.
+"""Load a Q4_K_M GGUF file of Llama-3.2-1B's shape, and compare its memory use with `plan`.
 
     python -m tests.measure.gguf_memory
 
 The file takes 0.8 GB in a temporary folder; its blocks are random. It is loaded as on Metal, in
 float16 with quantized weights kept. Prints one line of JSON. Exits with 1 if loading takes more
-than the weights and one tensor, or if the plan is off by more than 5 %. Linux only; not collected
-by pytest.
+memory than the weights and one tensor, or if the plan is off by more than 5 %. Linux only; not
+collected by pytest.
 """
 
 import json

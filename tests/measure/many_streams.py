@@ -1,14 +1,14 @@
 """Measure sessions of an engine that share steps: gaps between tokens, first tokens, memory.
 
-    python -m tests.measure.many_streams gaps     # a 4,000-token question beside 4 replies
+    python -m tests.measure.many_streams gaps     # a 4,000-token question alongside 4 replies
     python -m tests.measure.many_streams busy     # the same, while 2 more sessions read questions
     python -m tests.measure.many_streams first    # 8 questions of 20 tokens at once
     python -m tests.measure.many_streams heads    # the same system prompt of 1,000 tokens, 8 times
-    python -m tests.measure.many_streams memory   # a decode step of 8, and `plan --streams 8`
-    python -m tests.measure.many_streams equal    # logits of streams that share steps, and alone
+    python -m tests.measure.many_streams memory   # a step of 8 streams, and `plan --streams 8`
+    python -m tests.measure.many_streams equal    # logits of streams with shared steps and alone
 
 The model is the starter in float32, windows hold 512 tokens, replies are greedy and nothing is
-guessed. Prints one line of JSON; exits with 1 if a figure is not what the issue of shared steps
+guessed. Prints one line of JSON; exits with 1 if a figure is not what the shared-steps issue
 asked for. Run it on an otherwise idle machine.
 """
 
@@ -100,7 +100,7 @@ def ends_of_steps(engine: mlx_stream.Engine) -> Iterator[list[tuple[float, int, 
 
 
 def gaps(others: int = 0) -> dict[str, Any]:
-    """Read a long question beside replies, and beside `others` that read questions all the time.
+    """Read a long question alongside replies, and `others` that keep reading questions.
 
     With others, its own time is not limited: they share its rows.
     """
@@ -139,7 +139,7 @@ def gaps(others: int = 0) -> dict[str, Any]:
         for thread in threads:
             thread.join(60)
         alone.append(seconds_of(lambda: next(session(engine).reply(prompt, 1))))
-    # Machines change their pace, so what is compared is measured before and after.
+    # A machine's speed varies, so the baseline is measured before and after.
     around = [*pairwise(ends[before - 40 : before]), *pairwise(last)]
     plain = statistics.median(b[0] - a[0] for a, b in around)
     during = [end for end, tokens, _ in ends[before:after] if tokens == BESIDE]

@@ -3,10 +3,10 @@
     python -m tests.measure.plan_memory [starter | 1b | FAMILY] [--window 1020] [--bits 16 | 4]
         [--dtype TYPE] [--kv-bits 8 | 4] [--filled]
 
-`1b` is a model of the shape of Llama-3.2-1B with random weights, written in bfloat16 or 4 bits to a
-temporary folder. FAMILY is a random model of 143 MB of one of the families. The chat has one turn,
+`1b` is a model of Llama-3.2-1B's shape with random weights, written in bfloat16 or 4 bits to a
+temporary folder. FAMILY is a random 143 MB model of one of the families. The chat has one turn,
 longer than the window by more than a chunk. Reading it takes minutes in float32, and hours in
-bfloat16 or 4 bits on the CPU backend: with `--filled` the stream begins as one whose window is full
+bfloat16 or 4 bits on the CPU backend: with `--filled` the stream begins with a window that is full
 of zeros, and the turn is one chunk and a little more. Prints one line of JSON; exits with 1 if the
 plan is off by more than 5 %. Not collected by pytest.
 """
@@ -51,7 +51,7 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 4_096,
     "max_position_embeddings": 4_096,
 }
-# What does not fit SHAPE in the tests' tiny models of some families.
+# Changes to the tests' tiny models of some families, so that they fit SHAPE.
 CHANGES: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": MINISTRAL3["rope_parameters"] | {"factor": 1.0, **TRAINED}},
     "phi3": {
@@ -71,8 +71,8 @@ Talk = tuple[int, int]  # the sinks of the stream, and the bytes of its keys and
 
 def chat(model: Model, window: int, kv_bits: int | None, text: str) -> Talk:
     """Ask one question that is longer than the window."""
-    # If it were pinned, the system turn that a template may open with would be more sinks than the
-    # default, and the starter's trained context has no room for them beside a window of 8,188.
+    # If it were pinned, the system turn that a template may open with would take more sinks than
+    # the default, and the starter's trained context has no room for them beside a window of 8,188.
     session = mlx_stream.ChatSession(
         model,
         window=window,

@@ -2,11 +2,11 @@
 
     python -m tests.measure.recall_index TEXT... [--turns 10000] [--exchanges 1000000]
 
-An exchange is three sentences of the texts. Each exchange of a saved conversation of `--turns` is
-added to its index as if it left the window, in turns with bare inserts of the same text into
+An exchange is three sentences from the texts. Each exchange of a saved conversation of `--turns` is
+added to its index as if it left the window, alternating with bare inserts of the same text into
 full-text tables with the same settings and nothing else. Questions of up to 20 words are then asked
-over these exchanges, whose times are compared with the time to the first token of a tiny model that
-recalls nothing, and over `--exchanges` exchanges. All times are of the processor. Prints one line
+over these exchanges, compared with the time to the first token of a tiny model that recalls
+nothing, and over `--exchanges` exchanges. All times are CPU time. Prints one line
 of JSON. Takes minutes.
 """
 
@@ -56,7 +56,7 @@ def exchange(known: Sequence[str], random: Random) -> Exchange:
 
 
 def question(known: Sequence[str], random: Random, words: int = 20) -> str:
-    """Return the first words of some sentences in a row."""
+    """Return the first words of some consecutive sentences."""
     at = random.randrange(len(known))
     return " ".join(" ".join(known[at : at + 20]).split()[:words])
 
@@ -92,7 +92,7 @@ def conversation(model: Model, told: Sequence[Exchange]) -> SavedSession:
 
 
 def adding(folder: Path, recall: TranscriptRecall, told: Sequence[Exchange]) -> dict[str, float]:
-    """Add each exchange to a transcript's index and to bare tables, in turns."""
+    """Add each exchange to a transcript's index and to bare tables, in turn."""
     bare, positions = (bare_table(folder, table) for table in (TABLES[0], WITH_POSITIONS))
     times = np.zeros(3)
     for number, exchange in enumerate(told, 1):

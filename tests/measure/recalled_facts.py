@@ -4,8 +4,8 @@
 
 Facts about Anna and Peter are told in conversation. Then exchanges follow, a third of which tell
 the same kinds of facts about other people; the stream reads all of them. Each fact is then asked
-for in a copy of the chat, with ten candidates (chance: 10 %), in the words of the fact and in
-others: without recall, with it, and with the fact as the latest exchange. Every answer is a line in
+for in a copy of the chat, with ten candidates (chance: 10 %), in the fact's own words and in other
+words: without recall, with it, and with the fact as the latest exchange. Every answer is a line in
 the log; a run that is repeated with the same log asks only what is missing. Prints one line of
 JSON. Takes an hour.
 """
@@ -66,7 +66,7 @@ WAYS = ("without recall", "recalled", "in the window")
 
 
 def facts() -> list[tuple[str, str, int]]:
-    """Return persons, kinds and the place of the right candidate; each is right equally often."""
+    """Return people, kinds and the right candidate's place; each place is right equally often."""
     pairs = ((person, kind) for kind in KINDS for person in ASKED_FOR)
     return [(person, kind, at * 7 % 10) for at, (person, kind) in enumerate(pairs)]
 
@@ -77,7 +77,7 @@ def told(person: str, kind: str, right: int) -> tuple[str, str]:
 
 
 def conversation(asked: Sequence[tuple[str, str, int]], count: int) -> Iterator[tuple[str, str]]:
-    """Yield the facts, each followed by another exchange, and then `count` exchanges."""
+    """Yield the facts, each followed by an unrelated exchange, and then `count` exchanges."""
     random, other = Random(1), exchanges()
     for fact in asked:
         yield told(*fact)
@@ -143,7 +143,7 @@ def answer(chat: ChatSession, way: str, fact: tuple[str, str, int], free: bool) 
 
 
 def summary(rows: Sequence[dict], way: str) -> dict:
-    """Return the shares and means of one way to ask."""
+    """Return the shares and means for one way of asking."""
     chosen = [row["answers"] for row in rows if row["way"] == way]
     found: dict = {"n": len(chosen)}
     for name in ("same words", "other words", "free"):

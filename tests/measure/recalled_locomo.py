@@ -18,7 +18,7 @@ from typing import Any
 from mlx_stream.recall.find import MOST_HITS, find_hits
 from mlx_stream.recall.index import WordIndex
 
-MISLEADING = 5  # their category
+MISLEADING = 5  # the category of questions made to mislead
 
 
 def exchanges(conversation: dict[str, Any]) -> list[tuple[str, set[str]]]:

@@ -3,12 +3,12 @@
     python -m tests.measure.recalled_questions unanswerable [--sample 40]
     python -m tests.measure.recalled_questions changed [--facts 24]
 
-The exchanges stand in the index, and the stream reads only the latest of them. `unanswerable` asks
+The exchanges are in the index, and the stream reads only the latest of them. `unanswerable` asks
 200 questions of small talk, arithmetic and translation after exchanges of facts and documentation,
 and 200 after logs and code. It prints the share that gets a quotation, and by how many nats per
 token the quotation changes the log-likelihood of a fixed continuation (for a sample of the
 questions with a quotation; the others are the same by construction). `changed` tells each fact
-twice, with a different value the second time, and prints the share in which the new value is
+twice, with a different value the second time, and prints how often the new value is
 likelier than the old one.
 """
 
@@ -99,7 +99,7 @@ def everyday_questions(random: Random) -> list[tuple[str, str]]:
 
 
 def functions() -> list[tuple[str, str]]:
-    """Return names and beginnings of functions of the standard library."""
+    """Return the names and beginnings of standard library functions."""
     modules = argparse, inspect, json.decoder, json.encoder, textwrap
     found = {
         name: inspect.getsource(value)[:500]
@@ -111,7 +111,7 @@ def functions() -> list[tuple[str, str]]:
 
 
 def logs_and_code(random: Random) -> list[tuple[str, str]]:
-    """Return exchanges of 1,500 lines of logs, and of pieces of code."""
+    """Return exchanges made from 1,500 log lines and from pieces of code."""
     lines = [
         f"May {1 + at // 60} {at % 24:02}:{at % 60:02} host {random.choice(SERVICES)}[{at}]: "
         + random.choice(EVENTS).format(random.randrange(256), random.randrange(256))
@@ -129,7 +129,7 @@ def technical_questions() -> list[tuple[str, str]]:
 
 
 class DatedStore(IndexedStore):
-    """A store whose exchanges have a day each."""
+    """A store in which each exchange has a date."""
 
     def __init__(self, exchanges: Exchanges):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Time the first token of `mlx_stream serve` and of `mlx_lm.server`, in turns, past a full window.
+"""Time the first token of `mlx_stream serve` and of `mlx_lm.server`, in turn, past a full window.
 
     mlx_stream convert starter starter-f32 --dtype float32
     python -m tests.measure.server_first_token starter-f32 [--window 1024] [--turns 12]
 
-Both servers serve the same folder. Each is asked the same questions, streamed and greedy, over one
-conversation each. Ours gets the whole history; mlx_lm's client leaves out the oldest turns so that
+Both servers serve the same folder. Each is asked the same questions, streamed and greedy, in one
+conversation. Ours gets the whole history; mlx_lm's client leaves out the oldest turns so that
 the history fits the window. Prints one line of JSON with the commands, the times in milliseconds
 and both servers' `cached_tokens`. It exits with 1 if mlx_lm's median is not 8 times ours, ours is
 more than 1.3 times that of its own third turn, or the ring has grown by turn 200. Run it on an
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 SYSTEM = {"role": "system", "content": "You are brief."}
 TEXT = Path(__file__).with_name("reply.md")
 QUESTION_WORDS, REPLY_TOKENS = 12, 48
-TOKENS_OF_A_MESSAGE = 8  # the most that a template adds to a message
+TOKENS_OF_A_MESSAGE = 8  # the maximum that a template adds to a message
 LEAST_RATIO, MOST_GROWTH = 8.0, 1.3
 LAST_TURN = 200
 # Without this package, MLX finds no fast BLAS on Linux.

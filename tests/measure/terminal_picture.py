@@ -1,4 +1,4 @@
-"""Draws what a chat shows on a terminal, on a light or a dark ground.
+"""Draws what a chat shows on a terminal, on a light or a dark background.
 
     python -m tests.measure.terminal_picture tests/measure/reply.md FOLDER
     python -m tests.measure.terminal_picture recall FOLDER

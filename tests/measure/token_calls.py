@@ -44,7 +44,7 @@ class Count:
 
 
 def measure(tokens: int) -> dict[str, Any]:
-    """Return the counts for a token, averaged over this many."""
+    """Return the counts per token, averaged over this many tokens."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_letters(Path(folder) / "letters", tiny_config())
         model = mlx_stream.load(path, dtype="float32", keep_quantized=False)

@@ -3,10 +3,10 @@
     python -m tests.measure.ui_ticks [MODEL] [--tokens 200] [--feed FILE]
 
 Ticks on the main thread, as windows do, first with nothing else to do, then while the model is
-loaded, while a long question is read and answered, while a stream listens, is asked and saved, and
-while 8 sessions read a question and reply.
+loaded, while a long question is read and answered, while a stream listens, answers and is saved,
+and while 8 sessions read a question and reply.
 
-A tick is late if it comes more than 8 ms, half a frame, after its time. Prints one line of JSON.
+A tick is late if it comes more than 8 ms, half a frame, after it is due. Prints one line of JSON.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def test_a_full_window_is_traced_once_and_before_it_a_few_times(tiny_model, monk
         counts += [model.compiled_steps.count for _ in ids]
     # 256 and 512 rows of the buffer, all of them with a mask, and the full window.
     assert (counts[0], counts[700], counts[-1]) == (0, 4, 4)
-    # Numbers are arrays: another temperature needs no new trace, another kind of step does.
+    # Numbers are arrays: a new temperature needs no new trace, but a new kind of step does.
     for sampling, expected in ((0.5, 5), (0.9, 5), (0.0, 5)):
         stream = stream_of(model, 4, 20)
         stream.read(some_ids(40))

@@ -122,7 +122,7 @@ def test_where_mlx_lm_is_wrong_the_reference_counts(changes):
 
 
 def test_a_mistral_s_biases_are_not_read():
-    """transformers builds none, whatever the config says of them."""
+    """transformers builds none, whatever the config says about them."""
     raw = tiny_config(**MISTRAL, attention_bias=True, mlp_bias=True)
     plain = tensors_of(raw | {"attention_bias": False, "mlp_bias": False})
     assert not any(name.endswith("bias") for name, _ in make(raw, plain).network.named_tensors())
@@ -219,7 +219,7 @@ def test_longrope_bounds_sinks_and_window():
     assert model.resolve_window(4, None, notices.append) == (4, 124)
 
 
-# -- C: a stream, against the reference -----------------------------------------------------------
+# -- a stream, against the reference --------------------------------------------------------------
 
 TEXT = some_ids(300, seed=7)
 

@@ -15,7 +15,7 @@ from tests.fakes.tiny import FAMILIES, tiny_config, write_letters
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of
 
 IDS = some_ids(60, seed=3)
-# The most by which 8-bit keys and values change the logits: root mean square, as a share of the
+# Maximum change in the logits from 8-bit keys and values: root mean square, as a share of the
 # logits' spread.
 QUANTIZED = 0.05
 

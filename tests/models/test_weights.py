@@ -80,7 +80,7 @@ def test_joined_projections_are_one_module_and_their_parts_are_gone():
     raw, tensors, _ = quantize(tiny_config(**QUANTIZABLE), MIXED)
     network = make(raw, tensors, keep_quantized=True).network
     shapes = {name: array.shape for name, array in parameters(network).items()}
-    # Layer 0: V has 8 bits. Layer 1: Q is not quantized. There, up and gate have different groups.
+    # Layer 0: V has 8 bits. Layer 1: Q is not quantized; up and gate have different group sizes.
     assert shapes["layers.0.self_attn.qkv_proj.parts.2.weight"] == (32, 16)
     assert shapes["layers.0.mlp.gate_up_proj.weight"] == (256, 8)
     assert shapes["layers.1.self_attn.qkv_proj.parts.0.weight"] == (64, 64)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of plans: caches, and a Hub on loopback."""
+"""Fixtures for the plan tests: caches, and a Hub on loopback."""
 
 from tests.fakes.loopback import home_fixture, model_fixture, served_fixture
 

@@ -77,7 +77,7 @@ def test_the_bandwidth_of_a_mac_is_known_where_its_chip_and_memory_tell():
     assert devices.known_bandwidth("M4 Max", 20 * GB) is None
 
 
-# --- own devices ---
+# --- a user's own devices ---
 
 
 def test_own_devices_are_added(own):

@@ -173,7 +173,7 @@ def test_the_workspace_is_what_a_chunk_holds(changes, window, dtype):
 
 
 def chunk_peak(model: Model, window: int, length: int) -> int:
-    """Return the most that one chunk holds after `length` tokens."""
+    """Return the peak bytes that one chunk holds after `length` tokens."""
     cache = after(model.new_cache(4, window), length)
     stream = TokenStream(model, cache)
     ids = [7] * cache.max_step(PREFILL_CHUNK)

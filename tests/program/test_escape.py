@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_stream.program.escape import TerminalEscaper, escape
 
-# Zero-width non-joiner and joiner; Arabic, Syriac and Kaithi signs that have a shape.
+# Zero-width non-joiner and joiner; Arabic, Syriac and Kaithi signs that are visible.
 SHAPED = {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x600, 0x606)}
 KEPT = {0x9, 0xA, 0x200C, 0x200D, *SHAPED}
 

@@ -1,4 +1,4 @@
-"""A converted model is mlx-lm's: its layout, its bits, its logits; twice the same bytes."""
+"""A converted model is mlx-lm's: its layout, its bits, its logits; the same bytes each time."""
 
 import itertools
 import json
@@ -213,7 +213,7 @@ def test_a_gguf_with_types_that_mlx_lacks_becomes_8_bits(tmp_path: Path) -> None
     np.testing.assert_allclose(
         peer_logits(tmp_path / "out", True), logits(tmp_path / "out", True), atol=1e-3
     )
-    # With a type everything becomes floats, and nothing is rounded.
+    # With a dtype, everything becomes floats, and nothing is rounded.
     convert_model(str(path), tmp_path / "floats", ConvertOptions(dtype="float32"))
     np.testing.assert_allclose(logits(tmp_path / "floats", False), logits(path, False), atol=1e-5)
 

@@ -72,7 +72,7 @@ def test_a_converted_model_has_the_logits_of_its_floats(
     expected = reference(write_quantized(folder, entry, changes, quantize), changes)
     convert_model(str(folder), out / "floats", ConvertOptions(dtype="float32"))
     np.testing.assert_allclose(logits(out / "floats"), expected, atol=1e-5)
-    # As it is: codes unchanged, with scales in the model's own type.
+    # As is: codes unchanged, with scales in the model's own type.
     result = convert_model(str(folder), out / "same", ConvertOptions())
     assert result.peak_bytes <= result.bound_bytes
     for keep in (False, True):
@@ -146,7 +146,7 @@ WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
     ("gptq", {}, change("qweight", lambda x: x.view(np.float32)), "qweight' is mlx.core.float32"),
     ("gptq", {}, change("qweight", lambda x: x.reshape(-1)), "qweight' is mlx.core.int32 of shape"),
     ("gptq", {}, lambda t: t.update(perm=t["g_idx"]), "unknown tensor"),
-    ("gptq", {"bits": 3}, unchanged, "gptq of 3 bits in format 'None' is not supported"),
+    ("gptq", {"bits": 3}, unchanged, "gptq with 3 bits in format 'None' is not supported"),
     ("gptq", {"checkpoint_format": "marlin"}, unchanged, "in format 'marlin'"),
     ("awq", {"version": "gemv"}, unchanged, "in format 'gemv'"),
     ("awq", {"group_size": 48}, unchanged, "group_size 48 is not supported"),

@@ -73,7 +73,7 @@ def test_embedding_and_head_come_first() -> None:
     recipe = recipe_named("sensitive_4_6")
     elements = {"model.embed_tokens": 64_000, "model.layers.0.mlp.up_proj": 6400}
     harm = {("model.layers.0.mlp.up_proj",): 1.0}
-    # Two more bits for the embedding cost more than one more bit for all: nothing is left.
+    # Two more bits for the embedding cost more than one more bit for everything: nothing is left.
     settled = allocate_bits(recipe, elements, harm)
     assert settled.chosen == frozenset()
     assert settled.quantized("model.embed_tokens", 1).bits == 6

@@ -1,4 +1,4 @@
-"""Chat completions by the `openai` package: its answers are those of a session that reads once."""
+"""Chat completions via the `openai` package: its answers are those of a session that reads once."""
 
 import json
 import socket

@@ -167,7 +167,7 @@ def test_pages_of_the_server_and_of_allowed_origins_may_ask(server: RunningServe
     page = {"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}
     found = server.ask("GET", "/v1/models", allowed(server, page))
     assert found.status == 200 and found.headers["access-control-allow-origin"] == PAGE
-    found = server.ask("PUT", "/v1/models", page)  # it can read why it is refused
+    found = server.ask("PUT", "/v1/models", page)  # the page can read why it is refused
     assert found.status >= 400 and found.headers["access-control-allow-origin"] == PAGE
     asks = {**page, "Access-Control-Request-Method": "GET"}
     found = server.ask("OPTIONS", "/v1/models", asks)

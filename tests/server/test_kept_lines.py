@@ -253,7 +253,7 @@ def damage_end(path: Path) -> None:
 
 
 def damage_text(path: Path) -> None:
-    """Change a text that has a valid place, as only the checksum finds."""
+    """Change a text without moving it, which only the checksum detects."""
     path.write_bytes(path.read_bytes().replace(b'"Hm', b'"Ho'))
 
 
@@ -409,7 +409,7 @@ def test_without_the_key_nothing_is_recognized(letters: Path, tmp_path: Path) ->
 
 
 def test_what_is_kept_is_bounded(letters: Path, tmp_path: Path) -> None:
-    """The least recently used go, those of one turn first."""
+    """The least recently used are removed, one-turn conversations first."""
     with keeping(letters, tmp_path / "size") as lines:
         converse(Client(lines), questions=QUESTIONS[:2])
     size = files(tmp_path / "size")[0].stat().st_size
@@ -512,7 +512,7 @@ def test_a_turn_takes_less_than_a_hundred_bytes() -> None:
 def test_the_next_question_does_not_wait_for_a_file(
     letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """What is being written is given up; an earlier file stays until the next one is whole."""
+    """What is being written is abandoned; an earlier file stays until the next one is complete."""
     flush, slow = os.fsync, []
 
     def flush_slowly(file: int) -> None:

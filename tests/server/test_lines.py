@@ -42,7 +42,7 @@ def model(letters):
 
 
 def plain(model, **options):
-    """Return a conversation that is asked what the client asks, and no other."""
+    """Return a conversation that is asked only what the client asks."""
     options = {"window": WINDOW, "max_tokens": 8, "system": SYSTEM.text} | options
     return mlx_stream.ChatSession(model, sampling=GREEDY, speculate=False, **options)
 

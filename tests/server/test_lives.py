@@ -154,7 +154,7 @@ def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None
 
 
 def test_a_text_of_megabytes_holds_up_nobody(server: RunningServer) -> None:
-    """Encoding it would take the engine's thread for seconds."""
+    """Encoding it would occupy the engine's thread for seconds."""
     long, hello = "a" * 4_000_000, {"role": "user", "content": "Hello"}
     head = [{"role": "system", "content": long}, hello]
     old = [{"role": "user", "content": long}, {"role": "assistant", "content": "x"}, hello]
@@ -183,7 +183,7 @@ def test_those_that_wait_are_answered_in_turn(
         with closing(asked(server, body_of("b", True, ENDLESS))) as second:
             second.recv(10)
             waiting = asked(server, body_of("c", True, 8))
-            comes = waiting.recv(9999)  # the head comes although no stream is free
+            comes = waiting.recv(9999)  # the head arrives even though no stream is free
             assert comes.startswith(b"HTTP/1.1 200") and b"x-mlx-stream" not in comes
             assert server.ask("GET", "/health").status == 200
         found = b""

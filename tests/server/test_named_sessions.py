@@ -159,7 +159,7 @@ def test_a_kill_leaves_the_transcript_whole(letters: Path) -> None:
 
 
 def test_a_client_that_leaves_while_a_session_opens_does_not_close_it(tiny: Path) -> None:
-    """Another one waits for the same session."""
+    """Another client is waiting for the same session."""
     with serving(tiny, **OPTIONS) as server:
         ask(server, "Hello", "other")
         for number in range(6):

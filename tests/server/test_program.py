@@ -1,4 +1,4 @@
-"""Tests with their own servers: unread, idle, without a model, and in a process of its own."""
+"""Tests with their own servers: unread, idle, without a model, and in a separate process."""
 
 import json
 import os

@@ -47,7 +47,7 @@ def test_thinking_does_not_count(name, sent, tmp_path):
             assert asked <= client.reply.read <= most or not number
         reply = client.begin("Stop?")
         [next(reply) for _ in range(3)]
-        reply.cancel()  # in its thinking, none of which is kept
+        reply.cancel()  # during its thinking, none of which is kept
         assert attended_texts(client.chat)[-1] == ("Stop?", "")
         assert_well_formed(client.chat)
         client.messages.append(Message("assistant", ""))

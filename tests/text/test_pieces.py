@@ -17,7 +17,7 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 class Letters:
-    """A decoder whose ids are pieces of text in a table; a piece may be held for the next id."""
+    """A decoder whose ids are pieces of text in a table; a piece may wait for the next id."""
 
     def __init__(self, pieces, held=()):
         self.pieces, self.held, self.waiting = pieces, set(held), ""
@@ -94,7 +94,7 @@ def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
 
 
 def reference_filter(logits, top_k, top_p, min_p):
-    """Keep what top-k, then top-p, then min-p keep, on float64 and sets."""
+    """Keep what top-k, then top-p, then min-p keep, with float64 and sets."""
     order = np.argsort(-logits, kind="stable")
     kept = list(order[:top_k] if top_k else order)
     p = np.exp(logits[kept] - logits.max())

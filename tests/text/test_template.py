@@ -166,7 +166,7 @@ def test_renders_as_transformers_does(name: str):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    gc.collect()  # large after this import, and otherwise counted as the template's time
+    gc.collect()  # this import leaves much to collect, which would count as the template's time
 
     source, tokens, *_, system = KNOWN[name]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -165,7 +165,7 @@ def streams(draw: st.DrawFn, kind: str) -> list[int]:
 
 
 def late_invalid_run(kind: str, ids: list[int]) -> bool:
-    """Return whether a run of byte tokens turns invalid when its beginning can no longer wait."""
+    """Return whether a run of byte tokens turns invalid once its start can no longer be held."""
     if "ByteFallback" not in json.dumps(DECODERS.get(kind)):
         return False
     tokenizer = load(kind)

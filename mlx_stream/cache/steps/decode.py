@@ -1,4 +1,4 @@
-"""Steps of one token, which is written to its row and attends to the buffer in any row order."""
+"""Single-token steps: a token is written to its row and attends to the buffer in any row order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

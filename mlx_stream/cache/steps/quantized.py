@@ -1,4 +1,4 @@
-"""A step of one token over quantized rows: its own rows are quantized, then it attends to all.
+"""A single-token step over quantized rows: the new ones are quantized, then it attends to all.
 
 Scores and weighted values are products with packed rows, so a step reads 8 or 4 bits per number and
 unpacks no rows. Both are computed in float32: half precision would round the scores, which fused
@@ -15,7 +15,7 @@ from mlx_stream.cache.storage import CacheState, QuantizedRows, QuantizedStorage
 
 
 class QuantizedDecodeStep:
-    """The step of one token: it is written into its row, then attends to sinks and ring."""
+    """A single-token step: the token is written to its row, then attends to sinks and ring."""
 
     count, rows = 1, 1
 

@@ -41,7 +41,7 @@ class OutputOptions:
     ] = None
 
     def check(self) -> None:
-        """Reject options with which a result could not be shown, before anything is measured."""
+        """Reject options that would prevent a result from being shown; called before measuring."""
         if self.json and self.csv:
             fail("--json and --csv both write to standard output: choose one")
         if self.plot is not None:

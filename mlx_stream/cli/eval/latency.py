@@ -27,7 +27,7 @@ def latency(
         list[str] | None,
         Option(
             metavar="TOKENS[,steps=N]",
-            help="Size of the cache, 4 sinks included; repeatable. "
+            help="Size of the cache, including 4 sinks; repeatable. "
             "Default: 256, 512, 1024, 2048, 4096.",
         ),
     ] = None,
@@ -38,8 +38,8 @@ def latency(
     """Measure the time per token at several cache sizes (the paper's figure 10).
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
-    window again for each token. One re-anchoring happens halfway through the stream's steps, and 20
-    more are timed, alternating with plain steps.
+    window again for each token. The stream is re-anchored once, halfway through its steps, and 20
+    more re-anchorings are timed, alternating with plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency

@@ -59,8 +59,8 @@ def perplexity(
     Speed and memory are measured too.
 
     The caches read the text one after another. All except dense hold sinks + window tokens. mlx-lm
-    gets rotating caches that keep as many first tokens as there are sinks. Perplexity is measured
-    per segment; an incomplete last segment is not read. The speed of fresh includes reading the
+    gets rotating caches that keep as many initial tokens as sinks. Perplexity is measured
+    per segment; an incomplete last segment is not read. fresh's speed includes reading the
     preceding window.
     """
     from mlx_stream.evaluate import llamacpp, mlx_lm
@@ -92,7 +92,7 @@ def perplexity(
     if gguf is not None and not os.path.isfile(gguf):  # noqa: PTH113  (any name will do)
         fail(f"{gguf}: no such file")
     if gguf not in (None, folder) and all(spec.name != "llama.cpp" for spec in specs):
-        fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
+        fail("--gguf is for llama.cpp: add --against llama.cpp, or leave out --gguf")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
         "mlx-lm": mlx_lm.why_no_peer(folder),

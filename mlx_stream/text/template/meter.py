@@ -27,7 +27,7 @@ class Meter:
         if time.thread_time() > self.ends:
             raise RuntimeError(f"it ran for more than {SECONDS:g} s")
         if size > self.left:
-            raise RuntimeError("its values are too many or too large")
+            raise RuntimeError("its values are too numerous or too large")
 
     def made(self, value: Any) -> Any:
         """Charge for a new value and return it."""
