@@ -116,7 +116,7 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
-    """Return the shape of the caches of a model's streams."""
+    """Return the shape of a model's stream caches."""
     rotating = Rope(config.rope, config.head_dim)
     still = Rope(replace(config.rope, partial_rotary_factor=0.0), config.head_dim)
     ropes = (

@@ -88,7 +88,7 @@ class ReplyOptions(TypedDict, total=False):
         mask: returns which of the model's `vocab_size` tokens may come next. An engine calls it on
             its own thread. With a mask, no tokens are guessed and no steps are built ahead.
         logprobs: report the log-probability of each token and of this many of the likeliest tokens
-            (0 to 20). No tokens are guessed then.
+            (0 to 20). In that case, no tokens are guessed.
     """
 
     sampling: Sampling | None
@@ -99,7 +99,7 @@ class ReplyOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """Which steps of sampling are active."""
+    """Which sampling steps are active."""
 
     greedy: bool
     penalizes: bool
@@ -140,7 +140,7 @@ class RandomKey:
 
 
 def check_bias(bias: Mapping[int, float], vocabulary: int) -> None:
-    """Refuse a bias of tokens that do not exist, or out of range.
+    """Refuse a bias that is out of range or is for a token that does not exist.
 
     Raises:
         ValueRefused: the bias cannot be used.

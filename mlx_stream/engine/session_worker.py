@@ -38,10 +38,10 @@ class ReplyStart:
     """A conversation just before the prompt of a reply is read.
 
     Attributes:
-        attended: the tokens attended when the reply begins.
+        attended: the number of tokens attended when the reply begins.
         read: how many of them are read for this reply.
         turns: how many earlier turns are attended.
-        evicted: how many tokens that were read have been evicted since the conversation began.
+        evicted: how many of the tokens read have been evicted since the conversation began.
         window, sinks, cache_bytes: the sizes of its stream.
         restarted: whether earlier turns were evicted because `ReplyPlan.history` fills the window.
     """
@@ -64,8 +64,8 @@ class ReplyEnd:
     Attributes:
         exchange: the turn; None if it did not begin, or the template refused it.
         replaced: whether the last turn was rolled back to be answered again.
-        sizes: the tokens of each attended turn, oldest first.
-        failed: whether the stream was lost in a step that failed.
+        sizes: the number of tokens in each attended turn, oldest first.
+        failed: whether the stream was lost in a failed step.
         notices: notices for the user since the reply began.
     """
 
@@ -78,13 +78,13 @@ class ReplyEnd:
 
 @dataclass(frozen=True)
 class ReplyPlan:
-    """A reply to write, and the changes to the conversation before it.
+    """A reply to write, and the changes to make to the conversation first.
 
     Attributes:
         question: None to answer the last question again.
         back: how many of the last turns are rolled back first.
         keep: how many of the remaining last turns may stay attended. Default: all.
-        history: turns that are read as text after them; see `ChatSession.follow`.
+        history: turns to read as text after the attended ones; see `ChatSession.follow`.
         unread: how many turns before the history are not read.
         given: returns how many characters of the answer the reader has taken. If the reply is
             cancelled, the rest is rolled back.
@@ -159,7 +159,7 @@ class SessionWorker:
         self.chat = chat
 
     def reply(self, begin: Begin, progress: Progress | None) -> Work:
-        """Return the coroutine of a reply.
+        """Return the coroutine that writes a reply.
 
         Args:
             progress: called on the thread that iterates over the reply, after each step that reads
@@ -185,7 +185,7 @@ class SessionWorker:
     def carry_out(
         self, plan: ReplyPlan, max_tokens: int | None, progress: Progress | None, options: Any
     ) -> Work:
-        """Return the coroutine of a planned reply.
+        """Return the coroutine that writes a planned reply.
 
         It yields a `ReplyStart`, then progress and pieces, and a `ReplyEnd` after the last piece.
         """
@@ -263,7 +263,7 @@ class SessionWorker:
         added = started and number_of_turns(chat) == turns + (not replaced)
         exchange = attended[-1].exchange if attended and added else None
         sizes = tuple(len(t.exchange.closing_ids) + len(t.exchange.ids) for t in attended)
-        # The reader of the end may ask for them before the turn has been settled.
+        # Whatever receives `end` may ask for them before the turn has been settled.
         self.exchanges = tuple(turn.exchange for turn in chat.evictor.state.turns)
         end = ReplyEnd(exchange, replaced, sizes, chat.tokens.failed, self._take_notices())
         plan.on_end(end)
@@ -298,7 +298,7 @@ class SessionWorker:
         return self.chat is not None and bool(self.idle_work or self._idle_steps)
 
     def step(self) -> None:
-        """Do a step of the work for while the session is idle."""
+        """Do one step of the idle work."""
         if self._idle_steps is None and self.idle_work and self.chat:
             work, self.idle_work = self.idle_work, None
             self._idle_steps = work(self.chat)
@@ -306,7 +306,7 @@ class SessionWorker:
             self._idle_steps = None
 
     def drop_idle_work(self) -> None:
-        """End the work for while the session is idle, wherever it is."""
+        """Stop the idle work, even if it is unfinished."""
         steps, self.idle_work, self._idle_steps = self._idle_steps, None, None
         if steps:
             steps.close()

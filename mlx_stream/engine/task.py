@@ -15,7 +15,7 @@ from typing import Any
 from mlx_stream.errors import ComputeError, MlxStreamError
 from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult
 
-# How many items may wait for the caller: one is computed while the caller shows another.
+# How many items may wait for the caller: one is computed while the caller shows the previous one.
 AHEAD = 1
 # With two, a caller that is slightly late does not miss a step that it could share.
 SHARED_AHEAD = 2

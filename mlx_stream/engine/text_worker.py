@@ -1,4 +1,4 @@
-"""A text that is continued on the engine's thread, without turns."""
+"""A completion of one text, without turns, on the engine's thread."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class TextWorker:
         yield from ()
 
     def write(self, progress: Progress | None) -> Work:
-        """Return the coroutine of the text: progress, then pieces."""
+        """Return the text's coroutine, which yields progress, then pieces."""
         waiting = deque[ReadProgress]()
         tell = partial(ReadProgress, progress) if progress else None
         steps = stream_steps(

@@ -278,7 +278,7 @@ class Worker:
         return task.future.result()
 
     def _check_task(self, task: Task) -> None:
-        """Raise the error of a task that has ended, or never will."""
+        """Raise the error of a task that has failed, or that will never end."""
         if task.error and task.done:
             raise reraise(task.error)
         if self.ended and not task.done:

@@ -27,7 +27,7 @@ LONGEST_LINE = 1_000
 
 
 def one_line(error: object, longest: int = LONGEST_LINE) -> str:
-    """Return an error's message, or its class name if it has none, as one line cut at `longest`."""
+    """Return an error's message, or else its class name, as one line truncated to `longest`."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}..."
 
@@ -73,7 +73,7 @@ class TemplateError(TokenizerError):
 
 
 class TextError(MlxStreamError):
-    """A text cannot be read: it is not UTF-8, it is empty, or it is too short."""
+    """Text cannot be read: it is not UTF-8, it is empty, or it is too short."""
 
 
 class SnapshotError(MlxStreamError):

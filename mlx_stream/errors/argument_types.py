@@ -18,7 +18,7 @@ NUMBERS = {int: Integral, float: Real}
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function refuse arguments of the wrong type.
 
-    Otherwise they would fail later and somewhere else, for example in an engine on another thread.
+    Otherwise they would cause errors later and elsewhere, such as in an engine on another thread.
     """
     signature = inspect.signature(function)
     hints = functools.cache(lambda: get_type_hints(function))

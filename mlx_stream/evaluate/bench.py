@@ -1,4 +1,4 @@
-"""Compares speed with mlx-lm's: the same weights, in one process, alternating step by step.
+"""Compares our speed with mlx-lm's: the same weights, in one process, alternating step by step.
 
 Windows are filled with random keys and values through the caches' own state. Decoding runs each
 side's own greedy loop, from one token id to the next; mlx-lm's loop submits a step before the
@@ -126,7 +126,7 @@ def in_turn(
 ) -> tuple[list[float], list[float]]:
     """Run two steps alternately, changing which goes first; return the seconds of each.
 
-    Ends after this many seconds, unless None, but not before the minimum number of pairs.
+    Stops after `seconds`, unless that is None, but not before the minimum number of pairs.
     """
     repeat(ours, WARMUP)
     repeat(theirs, WARMUP)
@@ -142,7 +142,7 @@ def in_turn(
 
 
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
-    """Return the milliseconds to build (not evaluate) a decode step's graph, and its node count.
+    """Return the time in ms to build (not evaluate) a decode step's graph, and its node count.
 
     Each step follows one from the same side. Otherwise the first to allocate would pay for cleaning
     up what the other side's graph freed (1.5 ms, measured with glibc).

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Panels = Sequence[Axes]
 
-WIDTH = 8.3  # in inches of 100 pixels, the width of a README on GitHub
+WIDTH = 8.3  # in inches, at 100 pixels per inch: the width of a README on GitHub
 MARKERS = "os^vDX*P"
 
 
@@ -108,7 +108,7 @@ def column(rows: Sequence[Row], key: str) -> np.ndarray:
 
 
 def log_scale(axes: "Axes", label: str) -> None:
-    """Use a logarithmic y axis spanning at least a factor of 4: nearly flat data looks flat."""
+    """Use a logarithmic y axis spanning at least a factor of 4, so nearly flat data looks flat."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(yscale="log", ylabel=f"{label} (log)")

@@ -1,4 +1,4 @@
-"""The costs of a decode step other than time: bytes to read and nodes of its graph.
+"""The costs of a decode step other than time: bytes to read and graph nodes.
 
 A step must read all weights and everything it attends to once. No machine can do that faster than
 it can read memory.
@@ -62,7 +62,7 @@ def median_seconds(way: Callable[[], mx.array]) -> float:
 
 
 def time_step(step: Callable[[], object]) -> float:
-    """Return the seconds a step takes."""
+    """Return how many seconds a step takes."""
     begun = time.perf_counter()
     step()
     return time.perf_counter() - begun
@@ -71,8 +71,8 @@ def time_step(step: Callable[[], object]) -> float:
 def graph_nodes(*outputs: mx.array) -> int:
     """Return the number of primitives needed to compute arrays that are not evaluated yet.
 
-    On the CPU backend this is only a proxy: operations that are one kernel on Metal are expanded
-    there.
+    On the CPU backend this is only a proxy, because it expands operations that are one kernel on
+    Metal.
     """
     text = io.StringIO()
     export: Any = mx.export_to_dot  # it accepts an open file as well as a name

@@ -1,7 +1,7 @@
 """A crash-safe JSON Lines log of a long measurement; independent of models.
 
 The first line says what is measured; every other line is a result, written to disk before the next
-one starts. A last line that was cut short by a crash or a full disk is removed when the log is
+measurement starts. If a crash or a full disk cut the last line short, it is removed when the log is
 opened.
 """
 

@@ -28,7 +28,7 @@ FORCED = 20
 def measure_latency(
     model: Model, peer: Any | None, sizes: dict[int, int], progress: Notify = discard
 ) -> Iterator[Row]:
-    """Yield a row of milliseconds per token for each size of the cache and each method.
+    """Yield a row of milliseconds per token for each cache size and method.
 
     `peer` is mlx-lm's model with the same weights, or None. `sizes` maps the number of tokens in
     the cache to the number of steps to time. Raises ValueRefused if there are too few steps.
@@ -90,7 +90,7 @@ def latency_row(size: int, method: str, seconds: Sequence[float]) -> Row:
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """Return sentences on what the rows show: growth, speed-up, stalls."""
+    """Return sentences that describe what the rows show: growth, speed-up, stalls."""
     at = {(row["cache"], row["method"]): row for row in rows}
     sizes = sorted({row["cache"] for row in rows})
     low, high = sizes[0], sizes[-1]

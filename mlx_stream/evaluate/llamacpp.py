@@ -95,7 +95,7 @@ class LlamaCpp:
 
 @functools.cache
 def start_silently() -> Any:
-    """Start llama.cpp without its log; the callback must live as long as the process."""
+    """Start llama.cpp with logging off; the callback must live as long as the process."""
     import llama_cpp  # type: ignore[import-not-found]
 
     silence = llama_cpp.llama_log_callback(lambda level, text, data: None)

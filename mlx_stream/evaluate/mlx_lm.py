@@ -49,7 +49,7 @@ def to_float(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
 
 
 def rotating_caches(peer: Any, size: int, keep: int) -> list[Any]:
-    """Return a cache of `size` tokens for each layer, which always keeps the first `keep`."""
+    """Return, for each layer, a cache of `size` tokens that always keeps the first `keep`."""
     from mlx_lm.models.cache import RotatingKVCache
 
     return [RotatingKVCache(max_size=size, keep=keep) for _ in peer.layers]

@@ -1,4 +1,4 @@
-"""Reads a text in steps through a cache: this package's, a baseline of the paper, or a peer's.
+"""Reads a text in steps through a cache: this package's, a baseline from the paper, or a peer's.
 
 A reader is a function: `read(start, stop)` reads tokens `start` to `stop - 1`, in order, and
 returns the loss, -log p in nats, of the token after each of them: ids[start + 1] to ids[stop].
@@ -16,7 +16,7 @@ from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import read_ids, run_coroutine
 from mlx_stream.generate.token_stream import TokenStream
 
-RECOMPUTE_CHUNK = 512  # the longest step of a window read from scratch
+RECOMPUTE_CHUNK = 512  # the longest step when a window is read from scratch
 Ids = Sequence[int]
 Reader = Callable[[int, int], list[float]]
 
@@ -53,9 +53,9 @@ def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: 
     """Reread the latest tokens from scratch every `stride` tokens: `recompute`.
 
     With a stride of 1, this is the paper's baseline. The last token of a stride is predicted from
-    at most `capacity` tokens, and the first from `stride - 1` fewer. With `sinks`, these are the
-    text's first tokens and the latest `capacity - sinks`: those that a stream attends to, but their
-    keys are computed without anything older.
+    at most `capacity` tokens, and the first from `stride - 1` fewer. With `sinks`, the
+    context is the text's first tokens and the latest `capacity - sinks`: those that a stream
+    attends to, but with keys computed without anything older.
 
     Worked example: capacity 4, stride 2: tokens 8 to 11 are read to get the losses of tokens 11 and
     12; only the last two rows count.

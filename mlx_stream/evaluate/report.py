@@ -82,7 +82,7 @@ def read_report(path: Path) -> Report:
 
 
 def perplexity(nll: list[float]) -> float:
-    """Return the exponential of the mean of losses in nats."""
+    """Return the exponential of the mean loss; losses are in nats."""
     try:
         return math.exp(math.fsum(nll) / len(nll))
     except OverflowError:

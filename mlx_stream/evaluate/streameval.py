@@ -218,7 +218,7 @@ def run_distances(
 
     `tokens_back` is counted from the first token of the line asked about to the start of the
     query. `attended` is the share of that line's tokens that were attended. `likelihood` and
-    `generation` say whether the answer was right by that rule.
+    `generation` say whether the answer was right by the rule of that name.
     """
     stream, index = TokenStream(model, cache), WordIndex.in_memory()
     # Line n is tokens starts[n] to starts[n + 1] - 1.
@@ -256,7 +256,7 @@ def run_distances(
 
 
 def attended(cache: StreamCache, tokens: range, more: int) -> int:
-    """Return how many of `tokens` the last of `more` further tokens attends to.
+    """Return how many of `tokens` will be attended to by the last of `more` additional tokens.
 
     Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more, token 34 attends to
     0, 1 and 25 to 34, which include three of tokens 20 to 27.
@@ -292,7 +292,7 @@ def outcome_row(outcomes: Sequence[Row]) -> Row:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of a share (E. B. Wilson, JASA 22 (1927) 209).
+    """Return the 95% confidence interval of a proportion (E. B. Wilson, JASA 22 (1927) 209).
 
     Worked example: for 8 of 10 it is 0.490 to 0.943.
     """

@@ -138,7 +138,7 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
     """Generate lines and, after every tenth, one query per distance: lines back, at least 1.
 
     All distances are queried at the same points, beginning with the first that has a line far
-    enough back. With the same seed, fewer lines are a prefix of more.
+    enough back. With the same seed, a shorter text is a prefix of a longer one.
 
     Worked example: with distances 5 and 20, the queries after line 20 are about lines 16 and 1, and
     those after line 30 are about lines 26 and 11. Raises ValueRefused if a number is out of range
@@ -181,7 +181,7 @@ def make_line(seed: int, number: int) -> Line:
 
 
 def draw(seed: int, number: int, what: str, count: int) -> int:
-    """Return a whole number from 0 to count - 1: 64 bits of SHA-256 of "seed/number/what".
+    """Return an integer from 0 to count - 1: 64 bits of SHA-256 of "seed/number/what".
 
     `random` is not used: its results may change between Python versions.
     """

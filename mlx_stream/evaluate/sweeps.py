@@ -10,7 +10,7 @@ from mlx_stream.evaluate.readers import stream_reader
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.generate.model import Model
 
-TOKENS_PER_REPORT = 2_048  # between two calls of `progress`
+TOKENS_PER_REPORT = 2_048  # between calls to `progress`
 
 
 def sweep(

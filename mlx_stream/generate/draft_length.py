@@ -18,7 +18,7 @@ FIRST_WEIGHT = 4.0
 FORGETTING = 0.97  # the decay per judgement: about the last 30 count
 
 MEASURED = 9  # how many of the latest steps of each length are kept
-FIRST_MEASURED = 2  # the fewest for a median; the first step of a length is never counted
+FIRST_MEASURED = 2  # the minimum number for a median; the first step of a length is never counted
 ASSUMED = 0.04  # cost of one more row, relative to a step of one token, until it is measured
 GAIN = 1.03  # smallest speed-up over one token at a time that is worth guessing for
 LOOK_AGAIN = 256  # number of one-token steps after which guessing is tried again
@@ -70,7 +70,7 @@ class DraftLengthController:
     def cost(self, rows: int) -> float:
         """Return the cost of a step of `rows` tokens, relative to a step of one token.
 
-        A length that was not measured is estimated from the next shorter one that was.
+        A length that has not been measured is estimated from the next shorter one that has.
         """
         one = self._median(1)
         if one is None:

@@ -83,7 +83,7 @@ class DraftModel:
         self.stream.erase()
 
     def draft(self, next: int, count: int) -> Sequence[int]:
-        """Guess the `count` likeliest ids after `next`, which has not been read yet."""
+        """Guess `count` ids after `next`, greedily; `next` has not been read yet."""
         self._roll_back()
         new, guessed = [*self._waiting, next], []
         self._waiting = []

@@ -111,7 +111,7 @@ class Model:
         return self._fingerprints[version]
 
     def is_fingerprint(self, text: str) -> bool:
-        """Return whether a text is this model's fingerprint, of any version."""
+        """Return whether a string is this model's fingerprint, of any version."""
         return text == self.fingerprint(2 if ":" in text else 1)
 
     def new_cache(

@@ -100,7 +100,7 @@ def copy_rows(writer: Writer, count: int) -> Prefix:
 
 
 def paste_rows(writer: Writer, prefix: Prefix) -> None:
-    """Write the first rows of an empty stream layer by layer, so that only one exists twice."""
+    """Write the first rows of an empty stream by layer, so that only one layer exists twice."""
     cache, count = writer.cache, prefix.sinks.shape[2]
     segments = [(0, count, 0)]
     for layer, (new_keys, new_values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):

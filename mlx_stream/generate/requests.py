@@ -46,7 +46,7 @@ class ReadRequest:
     """Ids to read in one step: all of them, or the first ones that fit.
 
     Attributes:
-        chunk: the most ids to read in the step.
+        chunk: the maximum number of ids to read in the step.
         sampler, more: for `TOKEN`; see `TokenStream.next`.
         settling: whether no caller is waiting for it; see `chat/settle.py`.
     """

@@ -76,8 +76,8 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     logits = [None if part is None else next(head) for part in logits]
     chosen = [choose(read, part) for read, part in zip(planned, logits, strict=True)]
     commit(planned)
-    # A chunk attends to the buffers as they were before its own rows. Evaluated together with the
-    # update, they would be copied on Metal.
+    # A chunk attends to the buffers as they were before its own rows were written. If the chunk
+    # and the update were evaluated together, the buffers would be copied on Metal.
     mx.eval(hidden, asked, logits, chosen)
     mx.eval([read.stream.cache.arrays() for read in planned])
     return [result_of(*each) for each in zip(planned, logits, chosen, strict=True)]
@@ -102,7 +102,7 @@ def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 
 def comes_again(read: PlannedRead) -> bool:
-    """Return whether a read is one token with a full window, so the next step is of the same kind.
+    """Return whether a read is of one token with a full window, so the next is of the same kind.
 
     False if it also wants the logits: a traced step of several streams does not return them.
     """

@@ -28,7 +28,7 @@ from mlx_stream.models.weights import DTYPES
 from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders
 
 FORMAT = "mlx_stream stream"
-# Version 2 has all rows, and version 1 a different kind of fingerprint and different notes.
+# Version 2 stores all rows; version 1 has a different kind of fingerprint and different notes.
 VERSION = 3
 LONGEST_HEADER = 16 * 2**20  # bytes; real headers take a few kilobytes
 State = dict[str, mx.array | int]
@@ -120,8 +120,8 @@ def save_steps(
 def written_rows(name: str, state: State) -> int | None:
     """Return how many of an array's first rows hold keys or values; None if it has no such rows.
 
-    If ids stand in the first 5 rows and 2 of them are sinks, that is 5 of plain rows, and 3 of
-    quantized ones, whose array has no sinks.
+    If the first 5 rows hold ids and 2 of them are sinks, the result is 5 for an array of plain
+    rows, and 3 for one of quantized rows, which does not include the sinks.
     """
     ids: Any = state[IDS]
     kind, _, part = name.partition(".")
@@ -221,7 +221,7 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
 def with_all_rows(
     arrays: dict[str, mx.array], rows: dict[str, Any], most: int
 ) -> dict[str, mx.array]:
-    """Return arrays with the rows of zeros that were left out.
+    """Return arrays with the omitted rows of zeros restored.
 
     Args:
         rows: how many rows some of them have; it may be forged.

@@ -405,7 +405,7 @@ def generate(
 
 
 def check_max_tokens(max_tokens: int) -> int:
-    """Return a token limit; raise ValueRefused unless it is a whole number of at least 1."""
+    """Return a token limit; raise ValueRefused unless it is an integer of at least 1."""
     if not isinstance(max_tokens, Integral) or max_tokens < 1:
         raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")
     return max_tokens

@@ -46,7 +46,7 @@ def listed_models() -> tuple[ListedModel, ...]:
 
 
 def listed_repository(name: str) -> str | None:
-    """Return the Hub id of a short name, ignoring case; None if the list does not contain it."""
+    """Return the Hub id for a short name, ignoring case; None if the list does not contain it."""
     found = (model for model in listed_models() if model.name == name.lower())
     return next((model.repository for model in found), None)
 

@@ -23,7 +23,7 @@ def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
         if repo in str(error):
             raise
         raise type(error)(f"{repo}: {error}") from error
-    # Exceptions of the HTTP library also get here, and the library differs between versions.
+    # Exceptions from the HTTP library, which differs between versions, also end up here.
     except Exception as error:
         raise SourceError(explain_hub_error(repo, revision, error)) from error
 

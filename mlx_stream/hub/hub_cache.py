@@ -69,7 +69,7 @@ def blob_of(repository: Repository, file: File) -> Path:
     return repository.storage / "blobs" / file.digest
 
 
-# --- found ---
+# --- finding ---
 
 
 def find_in_cache(name: str, revision: str = MAIN, notify: Notify = discard) -> Path | None:
@@ -146,7 +146,7 @@ def missing_in(name: str, snapshot: Path) -> list[str]:
     return []
 
 
-# --- named ---
+# --- linking and naming ---
 
 
 def link(repository: Repository, file: File) -> None:

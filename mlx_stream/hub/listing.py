@@ -22,7 +22,7 @@ from mlx_stream.program.paths import data_folder, private
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model that can be opened offline: its name for `resolve`, and its bytes on disk.
+    """A model that can be opened offline: its name for `resolve`, and its size on disk in bytes.
 
     `date` is when it was fetched or converted, in seconds since 1970.
     """

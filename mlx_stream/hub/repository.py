@@ -33,7 +33,7 @@ from mlx_stream.hub.hub_cache import (
 )
 from mlx_stream.hub.transfer import place_blob
 
-PATIENCE = 15.0  # seconds to wait for the Hub's first answer
+PATIENCE = 15.0  # seconds to wait for the Hub's first response
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 FILES = [*SMALL_FILES, OLDER_TEMPLATE, "*.safetensors"]
 MAX_FILES = 10_000
@@ -46,11 +46,11 @@ REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
 Bar = Callable[[int, int], None]
 
 
-# --- what there is ---
+# --- listing ---
 
 
 def ask_hub(name: str, revision: str, seconds: float) -> Repository:
-    """Ask the Hub for a model's listing; raise the errors of the Hub's client, or TimeoutError.
+    """Ask the Hub for a model's listing; raise the Hub client's errors, or TimeoutError.
 
     Runs in a thread, because an unresponsive name server can block for longer than HTTP timeouts.
     """
@@ -146,7 +146,7 @@ def fetch(repository: Repository, bar: Bar) -> Path:
         SourceError: the repository is in an unsupported format, or a file does not match the
             listing.
         CheckpointError: the model's config is damaged or not supported.
-        OSError, or an error of the Hub's client.
+        OSError, or an error from the Hub's client.
     """
     refuse_other_formats(repository)
     # The config comes first: it shows whether the model is supported.

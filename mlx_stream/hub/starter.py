@@ -31,7 +31,7 @@ STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 # With its template's own system prompt, the model refuses 3 of 12 simple requests (for example
 # "Name three colours." after "Hi!"); with this one, none (greedy sampling).
 STARTER_SYSTEM = "You are a concise and helpful assistant."
-# Seconds to wait for the Hub's first answer; short, because there is a second source.
+# Seconds to wait for the Hub's first response; short, because there is a second source.
 STARTER_PATIENCE = 2.5
 POLL = 0.25
 

@@ -2,7 +2,7 @@
 
 A partial download is kept, and any process can resume it. A file gets its final name once it has
 the size and the hash that the Hub lists. The Hub's client, whose session and cache are used here,
-restarts a file in each process and does not check hashes.
+restarts the download in each process and does not check hashes.
 """
 
 import fcntl

@@ -33,7 +33,7 @@ class Weights(Protocol):
     def linear(self, *parts: Projection) -> Any:
         """Return a module that maps (T, inputs) to the parts' outputs, concatenated: (T, outputs).
 
-        Its method `add_to(residual, x)` returns `residual` plus the map of `x`, in a single
+        Its method `add_to(residual, x)` returns `residual` plus the mapped `x`, in a single
         operation where possible.
         """
         ...

@@ -1,6 +1,6 @@
 """The shapes and sizes of a model's tensors, without loading them.
 
-A model family builds its model on a `Layout` instead of weights, so whatever is counted, planned,
+A model family builds its model from a `Layout` instead of weights, so whatever is counted, planned,
 quantized or converted is exactly what the model consists of. Here, a config that asks for terabytes
 merely yields a number.
 """

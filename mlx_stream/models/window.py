@@ -8,7 +8,7 @@ DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 2_048
 # A model that thinks gets the largest that fits; with 4 sinks added, each is a power of two.
 THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
-# The largest number of tokens in a step that reads a prompt.
+# The maximum number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128
 # The same for a step shared by several streams, while no reply is in progress.
 SHARED_ROWS = 2 * PREFILL_CHUNK

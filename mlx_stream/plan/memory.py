@@ -89,7 +89,7 @@ def workspace_bytes(
     fused: bool = False,
     kv_bits: int | None = None,
 ) -> int:
-    """Return the most memory a chat needs beyond weights and ring: one chunk with a full ring.
+    """Return the peak memory a chat needs beyond weights and ring: one chunk with a full ring.
 
     A one-token step needs less than a hundredth of this. Rotating the ring back, once every 10,000
     tokens, holds two copies of one layer's keys, which is also less.
@@ -106,10 +106,10 @@ def workspace_bytes(
 
 
 def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
-    """Return the size in bytes of one layer's quantized ring, keys and values, as floats.
+    """Return the size in bytes of one layer's quantized ring once it is unpacked to floats.
 
-    Metal unpacks it in one kernel. The CPU backend does so in steps, which were measured to take
-    15 bytes per number.
+    Metal unpacks it in one kernel. The CPU backend does so in steps, which take 15 bytes per
+    number, as measured.
     """
     numbers = config.num_key_value_heads * config.head_dim * window
     return numbers * (2 * itemsize if fused else 15)
@@ -131,7 +131,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
 def attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the bytes needed, before o moves, for T rows to attend to N: K, V and a mask."""
+    """Return the bytes T rows need to attend to N before the oldest token moves: K, V, a mask."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scores = 0 if fused else heads * rows * attended * itemsize
     joined = 2 * kv_heads * attended * config.head_dim * itemsize
@@ -142,7 +142,7 @@ def attention_bytes(
 def moving_attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the memory, in bytes, once o moves: everything is float32, in blocks of rows.
+    """Return the bytes needed once the oldest token moves: all in float32, in blocks of rows.
 
     Each block has a mask that carries the sinks' scores. Scores exist for two blocks at a time:
     those of the next block are allocated while one is computed.

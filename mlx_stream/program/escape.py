@@ -20,13 +20,13 @@ HARMFUL = re.compile(
     "\ufff0-\ufffb"  # interlinear annotation
     "\ud800-\udfff"  # surrogates, which are not text
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"  # layout of rare scripts
-    "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"  # tags, but not the selectors between
+    "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"  # tags, but not the variation selectors in between
     "]"
 )
 
 
 class TerminalEscaper:
-    """Escape a text that arrives in pieces; the joined results equal `escape` of the whole text."""
+    """Escape text that arrives in pieces; the joined results equal `escape` of the whole text."""
 
     def __init__(self) -> None:
         self._held = ""

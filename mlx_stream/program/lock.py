@@ -81,7 +81,7 @@ class Lock:
 
 
 def holder_of(path: Path) -> str | None:
-    """Return who holds the lock of a file; None if it is not locked."""
+    """Return who holds the lock on a file; None if it is not locked."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -1,6 +1,6 @@
 """Parses a model's Markdown and splits it into blocks; displays nothing.
 
-No part of a text is lost: HTML, entities and link definitions stay as they were written. A line of
+No text is lost: HTML, entities and link definitions stay as they were written. A line of
 `---` is a rule, never the underline of a heading, so that a line never changes the lines before it.
 """
 
@@ -22,12 +22,12 @@ def parser() -> MarkdownIt:
 
 
 def parse_markdown(text: str) -> SyntaxTreeNode:
-    """Parse a text; the children of the result are its blocks."""
+    """Parse text; the children of the result are its blocks."""
     return SyntaxTreeNode(parser().parse(text))
 
 
 def split_blocks(text: str) -> list[str]:
-    """Split a text into blocks that add up to the whole text; each list item is a block.
+    """Split text into blocks whose concatenation is the whole text; each list item is a block.
 
     Appending text can only change the last block.
     """

@@ -41,7 +41,7 @@ def cache_root() -> Path:
 def private(folder: Path) -> Path:
     """Create a folder that only this user can access, if it does not exist, and return it.
 
-    If one of this program's folders is open to others, it is closed to them; any other folder is
+    If others can access one of this program's folders, their access is removed; any other folder is
     left unchanged.
 
     Raises:

@@ -86,7 +86,7 @@ def wrap(text: str, width: int, indent: int = 0, column: int = 0) -> str:
 
 
 class WordWrapper:
-    """Wrap a text that arrives in pieces; joined together, the results are the whole text.
+    """Wrap text that arrives in pieces; joined together, the results are the whole text.
 
     Args:
         width: returns the width, which may change.

@@ -1,4 +1,4 @@
-"""Converts a checkpoint's tensors to another precision, one matrix at a time; writes nothing.
+"""Converts a checkpoint's tensors to a different precision, one matrix at a time; writes nothing.
 
 A matrix that is already stored as requested is copied bit for bit.
 """
@@ -29,7 +29,7 @@ from mlx_stream.quantize.recipes import Recipe
 BLOCK = 2**18
 # How a matrix is written if MLX does not support its own type.
 WIDEST = Quantization(32, 8)
-# Paths on the author's machine, and code that is not copied.
+# Config keys left out: paths on the author's machine, and code that is not copied.
 LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
 
 

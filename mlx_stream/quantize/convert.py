@@ -49,7 +49,7 @@ from mlx_stream.text.tokenizer import Tokenizer
 # The stream that a report uses.
 SINKS, WINDOW = 4, 1_020
 REPORT_TOKENS = 4_096
-# With fewer tokens, the 99th percentile would be a single one.
+# With fewer tokens, the 99th percentile would be a single token.
 LEAST_TOKENS = 200
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -208,7 +208,7 @@ def calibrate(
     notify: Notify,
     progress: Progress,
 ) -> Recipe:
-    """Measure which parts of a model suffer most at a recipe's base bits; return it completed."""
+    """Complete a recipe by measuring which parts of a model suffer most at its base bits."""
     model = load(path, keep_quantized=False, notify=notify)
     ids = model.tokenizer.encode(text[1])
     with progress("measuring sensitivity") as tell:

@@ -23,7 +23,7 @@ class Recipe:
         high: how to quantize those it chooses; None if all are treated alike.
         rule: `mlx-lm` chooses layers by position, as its mixed recipes do. `sensitive` chooses
             the embedding, the head, and the paths in `chosen`.
-        chosen: the paths found by measuring, see `allocate_bits`; None before that.
+        chosen: the paths found by measuring (see `allocate_bits`); None before that.
     """
 
     name: str
@@ -56,7 +56,7 @@ def mlx_lm_gives_more(path: str, layers: int) -> bool:
 
 
 def uniform_recipe(bits: int, group_size: int = DEFAULT_GROUP, mode: str = "affine") -> Recipe:
-    """Return the recipe that gives every matrix the same bits.
+    """Return the recipe that gives every matrix the same number of bits.
 
     Raises:
         ValueRefused: MLX does not support this combination.
@@ -166,8 +166,8 @@ def allocate_bits(
 
     Args:
         elements: the number of elements of each matrix, by path.
-        sensitivity: by a part's paths, how much quantizing it with `base` harms the model's
-            output.
+        sensitivity: how much quantizing each part with `base` harms the model's output, by the
+            part's paths.
     """
     assert recipe.high is not None
     high, ceiling = recipe.high, replace(recipe.base, bits=recipe.base.bits + 1)

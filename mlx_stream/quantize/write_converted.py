@@ -32,7 +32,7 @@ class ConversionResult:
         bound_bytes: the bound on MLX's memory: three times the largest matrix plus the largest
             shard.
         peak_bytes: MLX's peak memory.
-        resident_bytes: the most by which this process grew, measured after each tensor.
+        resident_bytes: this process's maximum growth, measured after each tensor.
     """
 
     about: dict[str, Any] = field(default_factory=dict)

@@ -138,7 +138,7 @@ class WordIndex:
         return [number for (number,) in found]
 
     def number_of_texts(self, word: str, first: int, end: int) -> int:
-        """Return how many numbers `numbers` returns; it takes a third of the time."""
+        """Return how many numbers `numbers` would return, in a third of the time."""
         count = f"SELECT count(*) FROM ({WITH_WORD})"
         ((found,),) = self.connection.execute(count, self._with_word(word, first, end))
         return found

@@ -88,7 +88,7 @@ def choose_passages(passages: Sequence[Passage], most: int, count: Count) -> lis
 
     Args:
         most: the maximum number of tokens in the whole quotation.
-        count: counts the tokens of a text.
+        count: counts the tokens in a text.
     """
     chosen: list[Passage] = []
 

@@ -17,11 +17,11 @@ from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.rope import RopeConfig
 from mlx_stream.selftest import reference
 
-# The allowed error for numbers of around 1. For float32 it includes the rounding of angles near the
+# The allowed error for numbers around 1. For float32 it includes the rounding of angles near the
 # clock's limit and the reduced precision of an M5.
 ALLOWED = {mx.float32: 1e-2, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 ROWS = 2_052  # rows of a buffer with 4 sinks and the default window
-FEW = 8  # the most queries that the single-query kernel still accepts at once
+FEW = 8  # the maximum number of queries that the single-query kernel accepts at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def kinds_of_rotation(model: Model) -> set[Rope]:
-    """Return the rotations of the model's layers, and a partial one, which uses another kernel."""
+    """Return the rotations of the model's layers, and a partial one with a different kernel."""
     part = RopeConfig(partial_rotary_factor=0.75)
     return {*model.attention.ropes, Rope(part, model.config.head_dim)}
 
@@ -136,7 +136,7 @@ def calls(
         if tokens == 1:
             yield queries, keys, values, scale, None
         seen: Any = chosen.random((tokens, ROWS)) < 0.5
-        seen[:, 0] = True  # the result of a row without any keys is undefined
+        seen[:, 0] = True  # the result for a row without any keys is undefined
         yield queries, keys, values, scale, mx.array(seen)
     # A chunk that moves the oldest token: the mask carries the sinks' scores, all in float32.
     shape = (1, config.num_attention_heads, PREFILL_CHUNK, ROWS)

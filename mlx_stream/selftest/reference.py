@@ -52,7 +52,7 @@ class SlowStream:
         self.rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, token: int, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """Return a token's attention to all that it sees, including itself: (H, 1, D).
+        """Return a token's attention to everything it sees, including itself: (H, 1, D).
 
         Args:
             query, key, value: (H, 1, D), (K, 1, D) and (K, 1, D), unrotated.

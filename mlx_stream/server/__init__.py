@@ -1,6 +1,6 @@
 """An HTTP server for clients of OpenAI's API, on one engine; needs the `server` extra.
 
-Clients send their whole history, which is matched with the stream that has already read it.
+Clients send their whole history, which is matched to the stream that has already read it.
 
 gate, connection, listening     who may connect, for how long, and where
 app, run, running               the paths; starting and stopping; which servers are running

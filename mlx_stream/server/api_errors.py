@@ -43,7 +43,7 @@ class ApiError(Exception):
         status: the HTTP status.
         code: what went wrong, for programs.
         param: the field of the request that is wrong.
-        headers: headers of the response, besides its type and length.
+        headers: response headers besides its type and length.
     """
 
     def __init__(

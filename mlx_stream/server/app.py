@@ -57,7 +57,7 @@ def routes_of(service: ModelService) -> list[BaseRoute]:
 
     async def close_stream(request: Request) -> Response:
         asked = request.path_params["number"]
-        # Not the path's own conversion: Python refuses to read thousands of digits.
+        # Not converted by the route itself, because Python refuses to parse thousands of digits.
         number = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 10 else 0
         try:
             if service.lines is None:

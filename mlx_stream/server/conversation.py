@@ -20,10 +20,10 @@ from mlx_stream.chat.messages import Message, answering, check_message
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.tool_calls import ToolCall
 
-# A template can render this many within its time limit, and no chat has nearly that many.
+# A template can render this many within its time limit, and no chat has anywhere near that many.
 MOST_IN_TURN = 1_024
-# The characters of a turn or a head: encoding more would hold up the other streams, and the window
-# would keep only the end.
+# The maximum number of characters in a turn or a head: encoding more would hold up the other
+# streams, and the window would keep only the end.
 LONGEST_TEXT, LONGEST_PER_TOKEN = 2**18, 8
 DIGEST_BYTES = 32
 TURN_BYTES = 2 * DIGEST_BYTES
@@ -181,7 +181,7 @@ class Digests:
         )
 
     def of_messages(self, messages: Sequence[Message]) -> bytes:
-        """Return the digest of the messages of a turn."""
+        """Return the digest of a turn's messages."""
         return self._of(text for m in messages for text in (m.role, m.name, m.text))
 
     def of_reply(self, text: str, calls: Sequence[ToolCall] = ()) -> bytes:

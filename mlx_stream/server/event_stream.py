@@ -1,4 +1,4 @@
-"""Streams responses as server-sent events; independent of an API's objects.
+"""Streams responses as server-sent events; independent of any API's objects.
 
 A client that disconnects ends its request at once, whatever the handler is waiting for.
 """
@@ -100,7 +100,7 @@ class EventStream:
     """Sends events to a client as they occur.
 
     Args:
-        headers: headers of the response, besides those of every event stream.
+        headers: response headers besides those of every event stream.
     """
 
     def __init__(self, send: Send):

@@ -22,7 +22,7 @@ SCHEME = b"http://"
 MAX_BODY = 32 * 2**20
 # Maximum total size of the bodies in memory, in units of the largest allowed body.
 BODIES_AT_ONCE = 4
-MOST_DIGITS = 15  # of a Content-Length
+MOST_DIGITS = 15  # in a Content-Length
 SECONDS_BETWEEN_BYTES = 10.0
 # How long a refused client may keep sending: if it is cut off, it may not see the error.
 SECONDS_TO_DRAIN = 2.0

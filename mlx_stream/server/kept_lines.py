@@ -98,8 +98,8 @@ class KeptLines:
 
     Args:
         folder: created if it does not exist; only this user may have access.
-        limit: how many bytes the conversations may take; there are also at most `MOST_LINES`. The
-            least recently used ones are removed, those of one turn first.
+        limit: how many bytes the conversations may take up; there are also at most `MOST_LINES`.
+            The least recently used ones are removed, starting with those of one turn.
         notify: called with a line for the user, perhaps on the engine's thread.
 
     Attributes:
@@ -107,7 +107,7 @@ class KeptLines:
 
     Raises:
         ValueRefused: the folder, or the key in it, cannot be used.
-        SessionError: another server uses the folder.
+        SessionError: another server is using the folder.
     """
 
     def __init__(self, folder: Path, limit: int, notify: Callable[[str], None]):
@@ -222,7 +222,7 @@ class KeptLines:
             self._notify(f"{self._path(name)}: cannot be removed: {error.strerror}")
 
     def _report_failure(self, reason: str) -> None:
-        """Report why a conversation is not kept, once until one is kept again."""
+        """Report why a conversation is not kept, but only once until one is kept again."""
         if not self._reported:
             self._notify(f"a conversation could not be kept: {reason}")
         self._reported = True

@@ -4,7 +4,7 @@ A line is one stream with a record of the turns that it has read, as digests. Th
 request's closed turns T and a line's turns R are:
 
     T are the last of R, or all of them      extended   the question is read
-    one more in R, and its question          retried    the reply is rolled back, 1 token is read
+    one more in R, with the same question    retried    the reply is rolled back, 1 token is read
     one more in R                            edited     the turn is rolled back, in a copy
     more in R, or only the first T match     forked     a copy is rolled back; other turns are read
     T begin later than R                     shifted    the turns left out are evicted first
@@ -124,7 +124,7 @@ def choose_line(
 
 
 def named(choice: Choice) -> Choice:
-    """Return a choice with its name, if its line must be restored."""
+    """Return a choice, named `restored` if its line must be restored."""
     if not isinstance(choice.source, KeptLine):
         return choice
     return replace(choice, cache="restored", reason=f"{choice.reason}, as kept", copy=False)
@@ -135,9 +135,9 @@ def best_match(
 ) -> tuple[Match | None, str]:
     """Return the line to use and where the request's turns stand in its record.
 
-    A match of more turns is better, then a line that need not be restored. Next best is one of all
-    turns at the end of a line from which nothing older must be evicted, then a later position, then
-    the end of a record. If no line matches, return why.
+    Matches are preferred in this order: of more turns; in a line that need not be restored; of all
+    the request's turns, at the end of a line from which nothing older must be evicted; at a later
+    position; at the end of a record. If no line matches, return why.
     """
     found: list[tuple[tuple[Any, ...], Match]] = []
     why = "no stream has the same head"

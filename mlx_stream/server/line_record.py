@@ -47,7 +47,7 @@ class Record:
             self.sizes[len(self) - len(sizes) :] = array("I", sizes)
 
     def find(self, digests: bytes) -> tuple[int, int]:
-        """Return where this record contains the longest possible prefix of some turns.
+        """Return where this record contains the longest possible prefix of the given turns.
 
         Returns:
             The start and end positions; the last ones if there are several. Both are 0 if the

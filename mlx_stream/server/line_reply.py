@@ -71,7 +71,7 @@ class LineReply:
         cache: `new`, `extended`, `retried`, `edited`, `forked`, `shifted`, `restored` or
             `cold`.
         reason: why, in a few words.
-        attended: the tokens attended when the reply begins.
+        attended: the number of tokens attended when the reply begins.
         read: how many of them are read for this reply.
         evicted_turns: how many of the request's closed turns are not attended.
         evicted_tokens: how many of the line's tokens have been evicted since it was opened.
@@ -112,7 +112,7 @@ class LineReply:
         Raises:
             ValueRefused: an option is out of range, or the head is too long for the window.
             TemplateError: the template refuses the messages.
-            MemoryRefused: another stream exceeds the engine's budget, and none can be closed.
+            MemoryRefused: one more stream would exceed the engine's budget, and none can be closed.
             MlxStreamError: see `Session.reply`.
         """
         while self.request:

@@ -122,7 +122,7 @@ class Lines:
     def start_again(self, reply: LineReply, error: MlxStreamError) -> bool:
         """Restart a reply whose stream did not fit in memory, or could not be restored.
 
-        For memory, an idle line is closed to make room, or the reply does without a copy.
+        If memory was short, an idle line is closed to make room, or the reply does without a copy.
 
         Returns:
             Whether that was possible.
@@ -259,7 +259,7 @@ class Lines:
         reply.restored, copied = None, None
         if isinstance(source, KeptLine):
             reply.restored = source
-            # It goes on in the same file, unless other turns follow than those in the file.
+            # It continues in the same file, unless turns in the file are rolled back.
             if not choice.back and all(one.kept != source.name for one in self._lines):
                 line.kept = source.name
         elif source and fresh:

@@ -66,7 +66,7 @@ def listen_on_port(host: str, port: int, more_names: Sequence[str] = ()) -> List
     Args:
         host: an address, or `localhost` for 127.0.0.1 and ::1.
         port: 0 picks a free port.
-        more_names: further names by which clients reach the server.
+        more_names: additional names by which clients reach the server.
 
     Raises:
         ValueRefused: the address cannot be bound.

@@ -15,9 +15,9 @@ class Counters:
         refused: requests refused because the queue was full.
         read, cached, written: prompt tokens that were read, prompt tokens that were already
             attended, and reply tokens.
-        evicted_turns: turns in requests that were not attended, counted for each request.
-        first_seconds, firsts: total time from a request to its first piece, and how many there
-            were.
+        evicted_turns: turns of requests' histories that were not attended, counted per request.
+        first_seconds, firsts: total time from requests to their first pieces, and the number of
+            first pieces.
         caches: replies by how the client's history was handled.
         statuses: responses by path and status.
     """

@@ -24,9 +24,9 @@ class OpenSession:
 
     Attributes:
         system: the system prompt that it was opened with; None for the saved one.
-        lock: held by the request that uses it.
+        lock: held by the request that is using it.
         used: the number of the last request that used it.
-        requests: how many use it or are waiting for it.
+        requests: how many are using it or waiting for it.
         fresh: whether it was opened for the request in progress.
     """
 
@@ -85,7 +85,7 @@ class NamedSessions:
         limit: int,
         options: EngineReplyOptions,
     ) -> AsyncGenerator[BegunSession | Piece, None]:
-        """Yield how a reply begins, and its pieces.
+        """Yield the state in which a reply begins, then its pieces.
 
         Raises:
             ApiError: 409, the history that was sent does not match the saved one.

@@ -37,7 +37,7 @@ class ReplyCounts:
     """A reply so far.
 
     Args:
-        keep: whether all of it is needed at its end.
+        keep: whether the whole reply is needed when it ends.
 
     Attributes:
         reply: None until it begins.
@@ -120,11 +120,11 @@ class AnswerFormat(Protocol):
         ...
 
     def piece(self, piece: Piece) -> Events:
-        """Return the events of a piece."""
+        """Return the events for a piece."""
         ...
 
     def last(self, counts: ReplyCounts, about: Mapping[str, Any]) -> Events:
-        """Return the events of the end, after the last piece."""
+        """Return the final events, after the last piece."""
         ...
 
     def whole(self, counts: ReplyCounts, about: Mapping[str, Any]) -> Mapping[str, Any]:

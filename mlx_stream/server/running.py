@@ -22,7 +22,7 @@ def server_log() -> Path:
 
 
 def claim_place(url: str) -> Lock:
-    """Take the lock of a server's address, to be held until the server exits.
+    """Take the lock for a server's address, to be held until the server exits.
 
     Raises:
         SessionError: another server holds the lock, or its file cannot be created.

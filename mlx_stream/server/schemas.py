@@ -26,8 +26,8 @@ WITHOUT_EFFECT = {
 
 
 Item = TypeVar("Item")
-# Checked only up to the first wrong item: each one that is reported takes 100 times the bytes of
-# the body.
+# Checked only up to the first invalid item: each one that is reported takes 100 times as many bytes
+# as it does in the body.
 ListOf = Annotated[list[Item], Field(fail_fast=True)]
 
 
@@ -140,7 +140,7 @@ class Generation(Strict):
     @field_validator("logit_bias")
     @classmethod
     def check_bias(cls, bias: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Check all of it: pydantic would report each value that is wrong."""
+        """Check the whole mapping here: pydantic would report every invalid value."""
         if bias and len(bias) > MOST_BIASED:
             raise ValueError(f"at most {MOST_BIASED:,} tokens")
         for id, value in (bias or {}).items():
@@ -184,7 +184,7 @@ class Generation(Strict):
 
 
 class ChatRequest(Generation):
-    """A request to chat completions."""
+    """A chat completions request."""
 
     messages: Annotated[ListOf[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -226,7 +226,7 @@ class ChatRequest(Generation):
 
 
 class TextRequest(Generation):
-    """A request to completions."""
+    """A completions request."""
 
     prompt: str | ListOf[str]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -51,7 +51,7 @@ class ServiceOptions:
         recall: tokens of a saved conversation's window that are kept free for quotations.
         keep: the folder in which conversations are kept when their streams are closed; None for
             none.
-        keep_size: how much they may take there, in GiB.
+        keep_size: how much space they may take up there, in GiB.
         idle_unload: minutes without a request after which the weights are released; None for never.
     """
 

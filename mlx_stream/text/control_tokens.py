@@ -31,7 +31,7 @@ class ControlTokens:
         ids: tokens that no message may encode to: special tokens, and those that the template
             writes.
         end_ids: tokens that end a reply: end tokens, special tokens, and those that the template
-            uses to close a reply or open a turn. Without the latter, the model could open a turn
+            uses to close a reply or open a turn. Without those, the model could open a turn
             that no template renders.
     """
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 @dataclass(frozen=True)
 class ThinkingStyle:
-    """How a family of models marks its thinking in a reply.
+    """How a model family marks its thinking in a reply.
 
     Attributes:
         openings: strings that begin thinking; the first is the usual one.

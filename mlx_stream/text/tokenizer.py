@@ -35,10 +35,10 @@ WINDOW = 4
 # characters: the sum of the squares of the runs' lengths. A run of 10,000 characters takes up to
 # 0.9 s.
 MAX_SLOW_STEPS = 100_000_000
-# The most bytes from byte tokens that are held back while their text is incomplete.
+# The maximum number of bytes from byte tokens that are held back while their text is incomplete.
 MAX_RUN = 32
 
-# How byte-level vocabularies write bytes: printable ones of Latin-1 as themselves, the others as
+# How byte-level vocabularies write bytes: printable Latin-1 ones as themselves, the others as
 # characters from 256 on (GPT-2's encoder.py).
 PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]

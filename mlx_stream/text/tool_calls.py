@@ -25,7 +25,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How a family of models writes tool calls: after the answer, up to the end of the reply.
+    """How a model family writes tool calls: after the answer, up to the end of the reply.
 
     Attributes:
         signs: strings that every template of such a model contains.

@@ -1,6 +1,6 @@
 """Mistral (arXiv 2310.06825) and Ministral 3, as transformers' `MistralForCausalLM` computes them.
 
-Their `sliding_window` and position limit bound the window of a stream; `window.py` applies them.
+Their `sliding_window` and position limit bound a stream's window; `window.py` applies them.
 """
 
 from mlx_stream.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Limits the time and the size of the values of one use of a template; independent of Jinja."""
+"""Limits the time of one use of a template and the size of its values; independent of Jinja."""
 
 import time
 from collections.abc import Callable, ItemsView, KeysView, ValuesView

@@ -40,7 +40,7 @@ class LimitedCode(compiler.CodeGenerator):
         chain = isinstance(node, nodes.Compare) and len(node.ops) > 3
         if chain or isinstance(node, nodes.ScopedEvalContextModifier):
             self.fail("long chains of comparisons and autoescape are not supported", node.lineno)
-        if isinstance(node, nodes.For) and node.test:  # as an And, it is charged for each item
+        if isinstance(node, nodes.For) and node.test:  # an And is charged for each item
             node.test = nodes.And(node.test, nodes.Const(True))
         if isinstance(node, nodes.Concat):
             parts = [nodes.List(node.nodes)]
