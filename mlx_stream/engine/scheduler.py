@@ -14,10 +14,10 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
 from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
-LONGEST = 2.85
+LONGEST = 2.9
 FEWEST_ROWS = 8  # for prompts in each step, however long they take
 SETTLING_SHARE = 16  # settling streams, with no caller waiting, get one row in this many
-MEASURED = 5  # how many of the latest steps of a kind count
+MEASURED = 25  # how many of the latest steps of a kind count
 LEAST_MEASURED = 3  # the minimum; the first step of a kind may compile, so it never counts
 PROBE_EVERY = 256  # rounds between measurements of whether sharing pays off
 
@@ -49,27 +49,27 @@ class StepTimes:
         found = self._tokens.get(replies, ())
         return median(found) if len(found) >= LEAST_MEASURED else None
 
-    def sharing_pays(self, replies: int) -> bool:
+    def sharing_pays(self, replies: int, probe: bool) -> bool:
         """Return whether one step for all replies is faster than a separate step for each.
 
-        Both are tried at first, and again from time to time.
+        Both are tried at first, and again from time to time in rounds that may be a `probe`: those
+        without prompts, because a round of separate steps takes longest beside them.
         """
-        at = self._rounds.get(replies, 0)
         together, alone = self.of_tokens(replies), self.of_tokens(1)
+        at = self._rounds.get(replies, 0) if probe else 0
+        if probe:
+            self._rounds[replies] = (at + 1) % PROBE_EVERY
         if alone is None or at == PROBE_EVERY - 1:
             return False
         if together is None or at == PROBE_EVERY // 2:
             return True
         return together < replies * alone
 
-    def count_round(self, replies: int) -> None:
-        self._rounds[replies] = (self._rounds.get(replies, 0) + 1) % PROBE_EVERY
-
     def most_rows(self, replies: int) -> int:
         """Return how many prompt rows a step with tokens from `replies` streams may have.
 
-        Together with the tokens, they are a multiple of the number that steps are padded to: the
-        nearest one, because rounding down made a prompt take 10% longer.
+        Together with the tokens, they are the nearest multiple of the number of rows that steps are
+        padded to.
         """
         if not replies:
             return SHARED_ROWS
@@ -103,11 +103,8 @@ class Scheduler:
         guessed = sum(len(requests[at].ids) - 1 for at in replies)
         rows = max(FEWEST_ROWS, self.times.most_rows(len(replies)) - guessed)
         divide(rows, [requests[at] for at in prompts])
-        if len(replies) > 1:
-            pays = self.times.sharing_pays(len(replies))
-            self.times.count_round(len(replies))
-            if not pays:
-                return [[at] for at in (*replies, *prompts)]
+        if len(replies) > 1 and not self.times.sharing_pays(len(replies), probe=not prompts):
+            return [[at] for at in (*replies, *prompts)]
         return [[*replies, *prompts]] if requests else []
 
     def run(self, requests: Sequence[ReadRequest], measure: bool = True) -> Results:

@@ -21,7 +21,7 @@ from mlx_stream.generate.token_stream import NOT_A_NUMBER, PlannedRead
 from mlx_stream.sampling import as_int, choose_token
 
 # A step with chunks is padded to a multiple of this many rows, so that there are few shapes.
-ROWS_MULTIPLE = 8
+ROWS_MULTIPLE = 4
 
 
 def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception]:
@@ -63,22 +63,26 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
         padding = -len(tokens) % ROWS_MULTIPLE
     # Padded with an id of the step, so that the padding cannot introduce a new NaN.
     rows = mx.array([tokens + tokens[-1:] * padding], mx.int32)
-    network, first = planned[0].stream.network, 0
-    hidden = network(rows, BatchStep([read.step for read in planned], padding))[0]
-    logits: list[mx.array | None] = []
-    for read in planned:
-        last = first + len(read.ids)
-        start = {Want.NOTHING: last, Want.ROWS: first}.get(read.request.want, last - 1)
-        logits.append(hidden[start:last] if start < last and read.whole else None)
-        first = last
-    asked = [part for part in logits if part is not None]
-    head = iter(mx.split(network.logits(mx.concatenate(asked)), ends_of(asked)) if asked else ())
-    logits = [None if part is None else next(head) for part in logits]
+    counts: list[int] = []  # of the rows whose logits each read asks for: its last ones
+    asked: list[int] = []
+    for read, end in zip(planned, accumulate(len(read.ids) for read in planned), strict=True):
+        count = {Want.NOTHING: 0, Want.ROWS: len(read.ids)}.get(read.request.want, 1)
+        counts.append(count if read.whole else 0)
+        asked += range(end - counts[-1], end)
+    network, steps = planned[0].stream.network, [read.step for read in planned]
+    if asked:
+        some = None if len(asked) == rows.size else mx.array(asked, mx.int32)
+        hidden = network(rows, BatchStep(steps, padding), some)[0]
+        parts = iter(mx.split(network.logits(hidden), [*accumulate(filter(None, counts))][:-1]))
+        logits = [next(parts) if count else None for count in counts]
+    else:
+        hidden, logits = network.prefill(rows, BatchStep(steps, padding)), [None] * len(planned)
+    del steps  # they hold references to the buffers
     chosen = [choose(read, part) for read, part in zip(planned, logits, strict=True)]
     commit(planned)
     # A chunk attends to the buffers as they were before its own rows were written. If the chunk
     # and the update were evaluated together, the buffers would be copied on Metal.
-    mx.eval(hidden, asked, logits, chosen)
+    mx.eval(hidden, logits, chosen)
     mx.eval([read.stream.cache.arrays() for read in planned])
     return [result_of(*each) for each in zip(planned, logits, chosen, strict=True)]
 
@@ -155,8 +159,3 @@ def result_of(
         read.stream.fail()
         return WeightsError(NOT_A_NUMBER)
     return ReadResult(count, logits=logits[0])
-
-
-def ends_of(parts: Sequence[mx.array]) -> list[int]:
-    """Return the indices at which to split the concatenation of `parts` along the first axis."""
-    return [*accumulate(len(part) for part in parts)][:-1]

@@ -95,7 +95,14 @@ class Attention(nn.Module):
             self.q_norm = weights.norm(f"{path}.q_norm", self.head_dim, config.rms_norm_eps)
             self.k_norm = weights.norm(f"{path}.k_norm", self.head_dim, config.rms_norm_eps)
 
-    def __call__(self, residual: mx.array, x: mx.array, step: Step, layer: int) -> mx.array:
+    def __call__(
+        self,
+        residual: mx.array,
+        x: mx.array,
+        step: Step,
+        layer: int,
+        asked: mx.array | None = None,
+    ) -> mx.array:
         rows, heads = x.shape[0], self.qkv_proj(x)
         if self._factors is not None:
             heads = (heads * self._factors).astype(x.dtype)
@@ -104,6 +111,8 @@ class Attention(nn.Module):
             return self.o_proj.add_to(residual, step.attend(layer, heads).reshape(1, -1))
         heads = self._normalized(heads.reshape(1, rows, -1, self.head_dim), axis=2)
         out = step.attend(layer, heads.swapaxes(1, 2)).swapaxes(1, 2).reshape(rows, -1)
+        if asked is not None:
+            residual, out = residual[asked], out[asked]
         return self.o_proj.add_to(residual, out)
 
     def _normalized(self, heads: mx.array, axis: int) -> mx.array:
@@ -137,8 +146,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = weights.norm(f"{path}.post_attention_layernorm", size, eps)
         self.mlp = MLP(config, weights, f"{path}.mlp", spec)
 
-    def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
-        x = self.self_attn(x, self.input_layernorm(x), step, layer)
+    def __call__(
+        self, x: mx.array, step: Step, layer: int, asked: mx.array | None = None
+    ) -> mx.array:
+        x = self.self_attn(x, self.input_layernorm(x), step, layer, asked)
         return self.mlp(x, self.post_attention_layernorm(x))
 
 
@@ -164,9 +175,14 @@ class CausalLM(nn.Module):
         if not self.tied:
             self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
 
-    def __call__(self, tokens: mx.array, step: Step) -> mx.array:
-        """Return the hidden states (1, T, hidden size) of a step's tokens (1, T), normalized."""
-        return self.norm(self._through(tokens, step)[1])[None]
+    def __call__(self, tokens: mx.array, step: Step, asked: mx.array | None = None) -> mx.array:
+        """Return the hidden states (1, T, hidden size) of a step's tokens (1, T), normalized.
+
+        Args:
+            asked: the rows to return, (A,) integers; the last layer's other rows are not computed.
+                Needs T > 1.
+        """
+        return self.norm(self._through(tokens, step, asked)[1])[None]
 
     def prefill(self, tokens: mx.array, step: Step) -> mx.array:
         """Return the input of the last layer, (1, T, hidden size), for a step's tokens (1, T).
@@ -176,12 +192,15 @@ class CausalLM(nn.Module):
         """
         return self._through(tokens, step)[0][None]
 
-    def _through(self, tokens: mx.array, step: Step) -> tuple[mx.array, mx.array]:
+    def _through(
+        self, tokens: mx.array, step: Step, asked: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         """Return the input and the output of the last layer, (T, hidden size) each."""
         # Drop the batch axis, which each product would otherwise remove and add again.
         before = x = self.embed_tokens(tokens.reshape(-1))
         for index, layer in enumerate(self.layers):
-            before, x = x, layer(x, step, index)
+            is_last = index == len(self.layers) - 1
+            before, x = x, layer(x, step, index, asked if is_last else None)
         return before, x
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -35,7 +35,7 @@ def chat(request, tiny, model) -> Iterator[Any]:
         chat = engine.session(**OPTIONS, shared=request.param == "shared")
         chat.wait(DEADLINE)
         if request.param == "shared":
-            engine._worker._scheduler.times.sharing_pays = lambda replies: True
+            engine._worker._scheduler.times.sharing_pays = lambda replies, probe: True
             other, stop = engine.session(**OPTIONS), threading.Event()
 
             def talk() -> None:

@@ -85,6 +85,15 @@ def test_prompts_make_steps_as_long_as_a_few_of_tokens(fixed, row, prompt_row, r
         assert took >= min(longest - 2 * rounded, plain + SHARED_ROWS * prompt_row) * 0.99
 
 
+def test_nothing_is_tried_beside_prompts():
+    machine = Machine(fixed=1, row=0.1, prompt_row=0.01)
+    tokens = [machine.token() for _ in range(4)]
+    for _ in range(8):
+        machine.round(tokens)
+    rounds = [machine.round([*tokens, machine.prompt(40)])[0] for _ in range(2 * PROBE_EVERY)]
+    assert {*rounds} == {1}
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.booleans()), min_size=1, max_size=12),
     st.integers(8, SHARED_ROWS),

@@ -23,7 +23,7 @@ def engine(letters):
     with engine_of(letters) as engine:
         engine.wait(DEADLINE)
         # Timing a tiny model on a busy machine shows nothing worth testing.
-        engine._worker._scheduler.times.sharing_pays = lambda replies: True
+        engine._worker._scheduler.times.sharing_pays = lambda replies, probe: True
         yield engine
     assert engine.close(DEADLINE)
 
