@@ -94,7 +94,7 @@ def rotate(
 ) -> np.ndarray:
     """Rotate x (L, heads, D) row by row to its places (L,).
 
-    With n frequencies the first 2 n numbers of a head turn, d with d + n.
+    With n frequencies, the first 2n numbers of a head are rotated, d together with d + n.
     """
     angles = np.asarray(places, dtype=np.float64)[:, None, None] * inv_freq
     cos = (np.cos(angles) * magnitude).astype(x.dtype)

@@ -32,7 +32,7 @@ def one_frequency(sinks: int, window: int | None, spare: int = 0) -> SlowAttenti
 
 
 def seen(distances: dict[int, int]) -> float:
-    """Return what `read` gives in [0, 1], computed by hand: scores are cosines of the distances."""
+    """Return element [0, 1] of a `read`, computed by hand: scores are cosines of distances."""
     weight = {token: math.exp(math.cos(distance)) for token, distance in distances.items()}
     return sum(token * w for token, w in weight.items()) / sum(weight.values())
 

@@ -354,7 +354,7 @@ def module_of(path):
 
 
 def import_graph():
-    """Return which of our modules each one imports, for types too."""
+    """Return which of our modules each one imports, even if only for type hints."""
     names = {module_of(path) for path in MODULES}
     graph = {}
     for path in MODULES:

@@ -366,7 +366,7 @@ class StreamCache:
             <= (self.clock_limit if isinstance(self.storage, QuantizedStorage) else 0)
         )
         if not consistent:
-            raise ValueRefused(f"not a state of this stream: its numbers do not agree ({position})")
+            raise ValueRefused(f"not a state of this stream: inconsistent numbers ({position})")
 
     def _reanchor(self) -> None:
         """Rotate the ring back so that its oldest usable token is directly after the sinks.

@@ -100,7 +100,7 @@ class ReplyFormat:
         return self.template.answer(said, thinking, escaped_calls(exchange.calls, escape))
 
     def last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
-        """Return the ids of `text`, the end of a reply; None if it begins in the middle of one."""
+        """Return the ids of `text`, the end of a reply; None if it begins inside a token."""
         ids, reply = exchange.reply_ids, self._read(exchange)
         if not reply.text.endswith(text):
             return None

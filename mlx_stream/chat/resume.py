@@ -130,7 +130,7 @@ def open_steps(
             lock.close()
             return SavedSession.create(chat, name)
         if options.history:
-            raise ValueRefused(f"session {name!r} has a history of its own: use another name")
+            raise ValueRefused(f"session {name!r} already has a history: use another name")
         store = opened.enter_context(Store.open(paths.database, locked=True))
         state = store.state
         options = merge_options(options, state.header)

@@ -214,7 +214,7 @@ class Store(AbstractContextManager["Store"]):
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
             if not 1 <= number < state.first:
-                raise ValueError(f"turn {number} is attended or does not exist")
+                raise ValueError(f"turn {number} is still attended to, or does not exist")
             turn = next(self._turns(state, number))
             blank = Exchange("", "", (), (), (), finish="interrupted")
             row, _ = StoredTurn(number, FORGOTTEN, blank, turn.time).rows()

@@ -74,7 +74,7 @@ def read_tokenizer(path: Path) -> str:
     file = path / "tokenizer.json"
     if not exists_as_file(file):
         raise TokenizerError(
-            f"{path}: no tokenizer.json; convert it with transformers: "
+            f"{path}: no tokenizer.json; write one with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:

@@ -66,7 +66,7 @@ def check_tokenizer(text: str) -> bool:
         if step["type"] == "TemplateProcessing":
             check_template(step)
     if cost > MAX_COST:
-        raise refusal(f"its patterns take up to {cost} steps for a character, more than {MAX_COST}")
+        raise refusal(f"its patterns take up to {cost} steps per character, more than {MAX_COST}")
     check_model(value.get("model"))
     return slow
 

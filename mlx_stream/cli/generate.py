@@ -102,7 +102,7 @@ def complete_file(
     sampling: options.SamplingOptions,
     given: dict[str, Any],
 ) -> None:
-    """Complete the prompts of a file, each with the `given` arguments of `stream`."""
+    """Complete the prompts of a file, each with the arguments `given` to `stream`."""
     from mlx_stream.cli.generate_file import generate_file
     from mlx_stream.generate.completion import stream_steps
 

@@ -64,7 +64,7 @@ Devices = Annotated[
 ]
 MaxTokens = Annotated[int, Option(help="Maximum tokens to generate.")]
 ShowStats = Annotated[bool, Option("--stats", help="Print statistics to standard error.")]
-Yes = Annotated[bool, Option("--yes", help="Do not ask first.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask for confirmation.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standard output.")]
 
 

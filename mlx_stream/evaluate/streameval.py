@@ -113,7 +113,7 @@ def streameval(
 
 
 def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids that a text has at the beginning of a line within the whole text."""
+    """Return the ids that a text gets at the beginning of a line in a longer text."""
     before = tokenizer.encode(BEFORE_A_LINE, special=False)
     ids = tokenizer.encode(BEFORE_A_LINE + text, special=False)
     if ids[: len(before)] == before:

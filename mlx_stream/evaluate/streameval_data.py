@@ -153,7 +153,7 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
     if lines < first:
         raise ValueRefused(
             f"--lines must be at least {first} for a query {max(distances)} lines back, "
-            f"not {lines}: use more, or smaller --distances"
+            f"not {lines}: use more lines, or smaller --distances"
         )
     made = [make_line(seed, number) for number in range(1, lines + 1)]
     places = ((n, back) for n in range(first, lines + 1, QUERY_EVERY) for back in distances)

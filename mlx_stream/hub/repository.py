@@ -164,7 +164,7 @@ def fetch(repository: Repository, bar: Bar) -> Path:
     if missing_names := missing_files(repository.snapshot):
         raise SourceError(
             f"{repository.name}: this model has no {', '.join(missing_names)}, which its index "
-            "names"
+            "lists"
         )
     keep_listing(repository)
     name_commit(repository)

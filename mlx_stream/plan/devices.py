@@ -111,7 +111,7 @@ def without_entitlement(device: Device) -> Device:
         DeviceError: the device is not a phone or tablet.
     """
     if device.without_entitlement is None:
-        raise DeviceError(f"--no-entitlement is for phones and tablets, which {device.name} is not")
+        raise DeviceError(f"--no-entitlement is for phones and tablets, not for {device.name}")
     return replace(device, budget=device.without_entitlement, without_entitlement=None)
 
 

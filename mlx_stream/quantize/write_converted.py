@@ -76,7 +76,7 @@ def write_converted(
 
     written = write_folder(conversion.checkpoint, out, watch.tensors(), about, force)
     if written is None:
-        raise CheckpointError(f"{out}: another process has written this folder, which is kept")
+        raise CheckpointError(f"{out}: another process has written this folder; it was left alone")
     if recipe is not None:
         result.unquantized = [path for path, kind in conversion.quantized.items() if kind is None]
     result.files = written.count

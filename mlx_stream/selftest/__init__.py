@@ -51,7 +51,7 @@ CHECKS = (
         "update MLX; until then load with --dequantize",
     ),
     Check(
-        "sinks and ring are attended at the right places, across the wrap and a lowered clock",
+        "sinks and ring are attended to at the right places, after a wrap and a lowered clock",
         streams.places,
         REPORT,
     ),

@@ -119,13 +119,13 @@ def conversation_of(
             turns[-1] = (*turns[-1][:-1], join_replies(turns[-1][-1], message))
             calls = (*calls, *message.calls)
         else:
-            raise ValueRefused("the first message is a reply: begin with a user's message")
+            raise ValueRefused("the first message is a reply: begin with a user message")
     if asked:
         question = results_in_order(asked, calls)
     elif turns and not turns[-1][-1].calls:
         question = turns.pop()
     else:
-        raise ValueRefused("there is nothing to answer: end with a user's or a tool's message")
+        raise ValueRefused("there is nothing to answer: end with a user or tool message")
     head = Head(system or None, tools, think, reasoning_effort)
     return Conversation(head, tuple(turns), question)
 

@@ -26,8 +26,8 @@ class Listening:
     Attributes:
         sockets: the bound sockets.
         hosts: the values that the Host header may have; None if it is not checked.
-        any_address: the port, if the server listens on all addresses, so that each is accepted.
-        url: the server's address, for people.
+        any_address: the port if the server listens on all addresses; then any is accepted.
+        url: the server's address, for display.
     """
 
     sockets: tuple[socket.socket, ...]
@@ -136,7 +136,7 @@ def listen_on_path(path: Path) -> Listening:
     try:
         if os.path.lexists(path):
             if not path.is_socket() or path.is_symlink():
-                raise ValueRefused(f"{path}: not a socket; move it away, or use another --socket")
+                raise ValueRefused(f"{path}: not a socket; rename it, or use another --socket")
             if accepts(path):
                 raise ValueRefused(f"{path}: in use by another process: use another --socket")
             path.unlink()

@@ -14,7 +14,7 @@ from mlx_stream.server.event_stream import Client, EventStream, with_silences
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-# Send the headers after this many silences, even if it is not yet known what will be read.
+# Send the headers after this many idle intervals, even if what will be read is not yet known.
 SILENCES_BEFORE_HEAD = 5
 COMPLETE = ("end", "stop", "length")
 Events = Sequence[Mapping[str, Any] | str]

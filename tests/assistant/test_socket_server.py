@@ -36,7 +36,7 @@ def near():
 
 @contextmanager
 def answering(server):
-    """Admit callers on another thread."""
+    """Accept connections on another thread."""
     ended = threading.Event()
 
     def serve() -> None:

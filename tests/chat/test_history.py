@@ -115,7 +115,7 @@ def test_a_saved_session_has_its_own_history(tmp_path, monkeypatch):
     saved = open_session("one", model("plain"), options)
     list(saved.chat.reply("Next?", 3))
     saved.close()
-    with pytest.raises(ValueRefused, match="history of its own"):
+    with pytest.raises(ValueRefused, match="already has a history"):
         open_session("one", model("plain"), options)
     again = open_session("one", model("plain"), SessionOptions())
     assert [e.question for e in again.chat.exchanges] == ["Hi", "So?", "Next?"]

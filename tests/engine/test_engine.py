@@ -1,4 +1,4 @@
-"""An engine: each session gives what it gives alone, stops at once, and fails independently."""
+"""An engine: each session writes the same as it does alone, stops at once, fails independently."""
 
 import asyncio
 import contextlib

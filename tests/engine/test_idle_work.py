@@ -1,4 +1,4 @@
-"""Work that a session does while nothing is asked of it, and sessions that restore a state."""
+"""Work that a session does while it is idle, and sessions that restore a state."""
 
 import threading
 from collections.abc import Generator, Iterator

@@ -273,7 +273,7 @@ def test_wilsons_interval() -> None:
     assert streams.wilson(20, 20) == pytest.approx((0.8388748, 1), abs=1e-6)
 
 
-# --- the whole ---
+# --- end to end ---
 
 
 def test_the_report(model: Model) -> None:

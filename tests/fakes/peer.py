@@ -1,4 +1,4 @@
-"""mlx-lm's model of the same tensors, to compare with."""
+"""mlx-lm's model with the same tensors, to compare with."""
 
 from importlib import import_module
 from typing import Any

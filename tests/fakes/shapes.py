@@ -183,7 +183,7 @@ class Twins:
             one.evict(count)
 
     def seen(self, layer: int, heads: mx.array) -> mx.array:
-        """Return queries, keys and values as they are attended to: rounded by the ring's bits."""
+        """Return queries, keys and values as they are attended to: rounded to the ring's bits."""
         cache, rope = self.cache, self.cache.shape.ropes[layer]
         if self.shape.bits is None:
             return heads

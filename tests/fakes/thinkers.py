@@ -38,7 +38,7 @@ def thinker_tokenizer(source: str) -> Tokenizer:
 def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.ndarray]:
     """Return weights of a model that writes each token of a script after the one before.
 
-    The first token stands for what asks for a reply. What was read before changes the logits a
+    The first token stands for the generation prompt. What was read before changes the logits a
     little. At a temperature of 1, a few tokens differ.
     """
     ids = [backend.token_to_id(token) for token in script]

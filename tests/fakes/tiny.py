@@ -203,7 +203,7 @@ def write_tiny(
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
-    """Write the folder of a tiny model, of `tiny_config` with changes; return it."""
+    """Write a tiny model with `tiny_config` and these changes; return its folder."""
     config = tiny_config(**changes)
     return write_tiny(folder, config, tiny_weights(config))
 
@@ -216,7 +216,7 @@ def write_letters(folder: Path, config: dict) -> Path:
     vocabulary = tiny_tokenizer(config["vocab_size"]).get_vocab()
     ids = [vocabulary[letter] for letter in ascii_lowercase]
     rows = np.zeros_like(head)
-    # Either a row or its negative scores above the zeros of all other tokens, whatever was read.
+    # Whatever was read, a row or its negation scores above the zeros of all other tokens.
     rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
     write_tiny(folder, config, weights | {"lm_head.weight": rows})
     path = Path(folder) / "tokenizer_config.json"

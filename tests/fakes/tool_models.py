@@ -63,7 +63,7 @@ HARMONY = (
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# As Llama 3.1: one call at a time, results as JSON, and the tools where an option puts them.
+# Like Llama 3.1: one call at a time, results as JSON, and the tools where an option puts them.
 LLAMA = (
     "{% if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif %}"
     "{% macro head(role) %}<|start_header_id|>{{ role }}<|end_header_id|>\n\n{% endmacro %}"
@@ -157,7 +157,7 @@ HARMONY_MODEL = ToolModel(
 TAGGED_MODEL = ToolModel(
     TAGGED, tagged, ("<|im_end|>", "<|im_end|>"), ("<think>\n", "\n</think>\n\n")
 )
-# As in QwQ: the text that asks for a reply also begins its thinking.
+# As in QwQ: the generation prompt also begins its thinking.
 TOLD_TO_THINK = ToolModel(
     TAGGED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
     tagged,

@@ -1,6 +1,6 @@
 """Makes hostile files of tiny models, by seed: bytes, JSON, headers, tokenizers, templates.
 
-Each mutation changes one or two files of a copy and says what it did; the package knows none.
+Each mutation changes one or two files of a copy and says what it did. None is known to the package.
 """
 
 import json

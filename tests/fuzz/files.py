@@ -1,6 +1,6 @@
 """Alters any file at random: its bytes, its tensor header, or what is in its place.
 
-An alteration takes a path and random numbers. Numbers that no file should have are here too.
+An alteration takes a path and random numbers. It also defines numbers that no file should contain.
 """
 
 import json

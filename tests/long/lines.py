@@ -4,7 +4,7 @@
 
 The model is tiny. Every request sends the whole history again, and must be `extended`. Prints one
 line of JSON; exits with 1 if a turn's record takes more than 100 bytes, or if anything else
-grew. Takes minutes: pytest runs a short one.
+grew. Takes minutes; pytest runs a shorter version.
 """
 
 import argparse

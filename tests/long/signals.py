@@ -156,7 +156,7 @@ class Moments:
         replies = [exchange.reply if exchange else "" for _, _, exchange in found]
         *whole, last = out.split("\n")
         for text, (_, _, exchange) in zip(whole, found, strict=False):
-            # A signal can come after a piece was taken and before it was printed.
+            # A signal can come after a piece has been taken but before it is printed.
             cut = exchange and exchange.finish == "interrupted" and exchange.reply.startswith(text)
             assert cut or (exchange and exchange.reply == text), (replies, whole)
         assert len(whole) <= len(found)

@@ -66,7 +66,7 @@ WAYS = ("without recall", "recalled", "in the window")
 
 
 def facts() -> list[tuple[str, str, int]]:
-    """Return people, kinds and the right candidate's place; each place is right equally often."""
+    """Return people, kinds and the right candidate's index; each index is right equally often."""
     pairs = ((person, kind) for kind in KINDS for person in ASKED_FOR)
     return [(person, kind, at * 7 % 10) for at, (person, kind) in enumerate(pairs)]
 

@@ -40,7 +40,7 @@ OPTIONS = SessionOptions(
 
 
 class Turn(NamedTuple):
-    """Milliseconds to the first token, and from the last one until all is on disk."""
+    """Milliseconds to the first token, and from the last one until everything is on disk."""
 
     first: float
     saving: float

@@ -176,7 +176,7 @@ def test_half_precision_is_near(dtype):
     ids=str,
 )
 def test_each_part_of_a_family_changes_the_logits(changes, part):
-    """Otherwise, a model that leaves it out would pass for the family."""
+    """Otherwise, a model that leaves it out would pass as one of the family."""
     raw = tiny_config(**changes)
     left_out = {
         name: tensor * 0 + ("norm" in part) if part in name else tensor

@@ -1,4 +1,4 @@
-"""Recipes give each matrix its bits: mlx-lm's by its rule, measured ones where it helps."""
+"""Recipes give each matrix its bits: mlx-lm's by a rule, measured ones where more bits help."""
 
 from types import SimpleNamespace
 

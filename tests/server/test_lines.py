@@ -182,7 +182,7 @@ def test_what_a_client_leaves_out_leaves(lines, model):
             assert held == [*client.texts][-3:] or len(held) == 3
             assert_well_formed(client.chat)
             assert client.reply.evicted_turns == 0
-    # What is attended when the next reply begins is what the client sent.
+    # What is attended to when the next reply begins is what the client sent.
     client.begin("And?").start()
     chat = client.lines._lines[0].session._session_worker.chat
     said(client.reply)

@@ -212,7 +212,7 @@ def test_patterns_that_may_be_tried_again_and_again_are_refused(pattern: Any) ->
 @pytest.mark.parametrize("pattern", ["a{1,100}b", "a?" * 20 + "b", "|".join(["a" * 90 + "b"] * 20)])
 def test_patterns_of_many_steps_are_refused(pattern: str) -> None:
     assert check_regex(pattern) > MAX_COST
-    with pytest.raises(TokenizerError, match="steps for a character, more than 1000"):
+    with pytest.raises(TokenizerError, match="steps per character, more than 1000"):
         check_tokenizer(written(pre_tokenizer=regex(pattern)))
 
 

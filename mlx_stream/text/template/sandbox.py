@@ -169,7 +169,7 @@ def check_narrow(name: str, *arguments: Any) -> None:
     for value in arguments if name in NARROW else ():
         width = len(value) if isinstance(value, str) else value
         if isinstance(width, int) and abs(width) > MAX_WIDTH:
-            raise RuntimeError(f"it gives {name} a width or text of more than {MAX_WIDTH}")
+            raise RuntimeError(f"it calls {name} with a width or length above {MAX_WIDTH}")
 
 
 def raise_exception(message: str) -> None:
