@@ -111,7 +111,10 @@ def without_entitlement(device: Device) -> Device:
         DeviceError: the device is not a phone or tablet.
     """
     if device.without_entitlement is None:
-        raise DeviceError(f"--no-entitlement is for phones and tablets, not for {device.name}")
+        raise DeviceError(
+            f"--no-entitlement is for phones and tablets, but {device.name!r} is neither: choose "
+            "one with --device"
+        )
     return replace(device, budget=device.without_entitlement, without_entitlement=None)
 
 

@@ -105,7 +105,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("tiny", "--window 0", "--window must be at least 1, not 0"),
     ("phone", "--bits 4 --dequantize", "--bits keeps weights quantized"),
     ("plan", "--device macbook-neo --no-entitlement", "--no-entitlement is for phones"),
-    ("plan", "--no-entitlement", "--no-entitlement is for phones and tablets, which here is not"),
+    ("plan", "--no-entitlement", "phones and tablets, but 'here' is neither: choose"),
     ("phone devices", "--devices none.toml", "none.toml: cannot be read: No such file"),
 ]
 
