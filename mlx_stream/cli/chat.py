@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from threading import Thread
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Modules that are needed to show a reply on a terminal and are slow to import.
 SLOW_MODULES = "rich.progress", "mlx_stream.cli.markdown_printer"
+# Modules that the prompt needs.
+MODULES = "mlx_stream.chat.resume", "prompt_toolkit"
 # How many lines from a pipe are answered before a notice says that each is a turn.
 LINES_WITHOUT_NOTICE = 20
 EXCHANGES_SHOWN_AGAIN = 2
@@ -111,17 +114,24 @@ def chat(
         keys_wait() if interactive else nullcontext(),
         ending_on_signals(*signals) as check_ended,
     ):
-        from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.cli.config_file import named_prompt, setting
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
+        if interactive:  # while the model is loaded, mostly without holding the GIL
+            Thread(target=import_all, args=[MODULES]).start()
         if latest:
+            from mlx_stream.chat.summaries import latest_session
+
             if session is not None:
                 raise ValueRefused("--continue and --session cannot be used together")
-            session = summaries.latest_session()
+            session = latest_session()
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
-        before = resume.header_of(session) if session is not None else None
+        before = None
+        if session is not None:
+            from mlx_stream.chat.resume import header_of
+
+            before = header_of(session)
         source = model or (before.model if before else options.default_model())
         window = attended.window
         if before is None:
@@ -134,9 +144,9 @@ def chat(
         screen = Screen(check_ended, thinking.hide_thinking, plain)
         if interactive:
             notify(f"loading {source}")
-            # Imported while the weights are being read, which MLX does without holding the GIL.
-            Thread(target=import_module, args=["prompt_toolkit"]).start()
         loaded = loading.load(source)
+        from mlx_stream.chat import resume, saving
+
         chosen = resume.SessionOptions(
             system=named_prompt(system) if system else system,
             window=window,
@@ -166,6 +176,11 @@ def chat(
             if saved := saving.saved_as(talk):
                 with finished_before_signals():
                     saved.close()
+
+
+def import_all(modules: Sequence[str]) -> None:
+    for module in modules:
+        import_module(module)
 
 
 def question_of(prompt: str) -> str:
