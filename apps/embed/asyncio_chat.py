@@ -41,7 +41,7 @@ async def main():
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once: a thread that waits for the keyboard cannot be woken.
+    # Ctrl-C ends the process immediately: a thread that waits for the keyboard cannot be woken.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         asyncio.run(main())

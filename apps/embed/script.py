@@ -1,4 +1,4 @@
-"""A model in a plain script: chat, then listen to a text and ask about it.
+"""A model in a plain script: chat, then read a text in the background and ask about it.
 
 python apps/embed/script.py [MODEL] < notes.txt
 """

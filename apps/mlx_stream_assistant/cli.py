@@ -198,7 +198,7 @@ def uninstall(name: Name = "main") -> None:
 
 
 class Progress:
-    """Reports how much must be read before an answer: at once, then every ten seconds."""
+    """Reports how much must be read before an answer: immediately, then every ten seconds."""
 
     def __init__(self) -> None:
         self._next = 0.0

@@ -43,7 +43,7 @@ BETWEEN_COUNTS = 60.0
 AGAIN = 10.0
 # After a second device failure within this many seconds, the stream pauses for that long.
 BETWEEN_FAILURES = 600.0
-# Stopping may take one second; work in progress must end within this part of it.
+# Stopping may take one second; work in progress must end within this fraction of it.
 LAST_WORDS = 0.5
 
 

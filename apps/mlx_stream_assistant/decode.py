@@ -30,7 +30,7 @@ class TextDecoder:
         self._tell, self._told = tell, set[str]()
 
     def decode(self, data: bytes, name: str, at: int = 0) -> str:
-        """Return the bytes `at` a position in a file as text, even if they are not valid UTF-8.
+        """Return bytes from position `at` of a file as text, even if they are not valid UTF-8.
 
         Invalid bytes become U+FFFD. Zero bytes are dropped: they are left by a power failure, or
         when a file is truncated while another program is writing to it. At position 0, a byte order
@@ -54,7 +54,8 @@ class TextDecoder:
 def refuse_binary(first: bytes, name: str, whole: bool) -> None:
     """Raise NotText if the start of a file shows that it is not UTF-8 text.
 
-    Characters are checked only in `whole` chunks and files: the first line alone may be unusual.
+    If `first` is not a `whole` chunk or file, its characters are not checked, because a first line
+    alone may be unusual.
     """
     if first.startswith(UTF_16):
         raise NotText(f"{name}: is UTF-16: convert it, for instance with iconv -f UTF-16 -t UTF-8")
@@ -86,7 +87,7 @@ def first_odd_byte(data: bytes) -> int | None:
 def line_end(data: bytes, more: bool, growing: bool) -> int:
     """Return how many new bytes to take: whole lines, else words, else characters.
 
-    `more` means that other bytes already follow; `growing`, that the file has grown since the last
+    `more` means that more bytes already follow; `growing`, that the file has grown since the last
     check.
     """
     line = data.rfind(b"\n") + 1

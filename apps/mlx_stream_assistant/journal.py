@@ -205,7 +205,7 @@ class Journal:
         return self._value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
-        """Return how many bytes were read up to the end of a chunk: excluding later chunks."""
+        """Return how many bytes were read up to the end of a chunk, excluding later chunks."""
         later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
         return int(self._value(f"SELECT bytes - ({later}) FROM about", number))
 
@@ -261,7 +261,7 @@ class Journal:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep other threads out, and report errors in the file in one line."""
+        """Keep other threads out, and report any database error in one line."""
         with self._lock, sqlite.reporting_errors(self.path, "journal"):
             yield
 

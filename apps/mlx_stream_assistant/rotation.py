@@ -58,13 +58,13 @@ class FilePosition:
 class FileSearch:
     """Searches a folder for a file that was being read, given the name that it had.
 
-    If the name is a symbolic link, the folder and the name are those of the file that it refers to.
+    If the name is a symbolic link, the folder and the name of its target are used instead.
     Each method raises FileNotFoundError if a file is renamed during the search; try again.
     """
 
     def __init__(self, path: Path, tell: Notify, clock: Callable[[], float]):
         self._given, self._tell, self._clock = path, tell, clock
-        self._path = path  # without links, as of the latest search
+        self._path = path  # with links resolved at the latest search
         self._told: set[str] = set()
         # Names in no clear order, and when they were first and last seen that way.
         self._unclear, self._first, self._last = list[str](), 0.0, 0.0

@@ -46,7 +46,7 @@ class Settings:
     from_end: bool = option(False, "Start at the end of files that were not followed before.")
 
     def with_absolute_paths(self) -> Self:
-        """Return settings that mean the same in any working directory, with each path once."""
+        """Return settings that mean the same in any working directory, without duplicate paths."""
         model = self.model
         if is_folder(Path(model)) or model.endswith(".gguf"):
             model = str(absolute_path(Path(model)))

@@ -22,7 +22,7 @@ LONGEST_REQUEST = 64 * 1024
 MOST_AT_ONCE = 32
 # Seconds allowed for sending a request, and for receiving a piece of an answer.
 PATIENCE = 10.0
-# Seconds allowed for a refused caller to finish sending, and for a descriptor to become free.
+# Seconds allowed for a refused client to finish sending, and for a descriptor to become free.
 BRIEFLY = 0.1
 # The maximum length of a socket path, in bytes: 104 on a Mac, including the final null byte.
 LONGEST_PATH = 103
@@ -61,7 +61,7 @@ class SocketServer:
         try:
             caller, _ = self._socket.accept()
         except OSError as error:
-            # The caller has hung up, or no descriptor is free and it has to wait.
+            # The client has hung up, or has to wait because no descriptor is free.
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(BRIEFLY)
             return

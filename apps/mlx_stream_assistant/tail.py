@@ -81,7 +81,7 @@ class TailedFile:
         self._emptied = False  # the file was truncated, so it may be copied and truncated again
         self._complaint = ""
         self._blank: tuple[int, int] | None = None  # size and mtime when no text was found
-        self._given_up: FilePosition | None = None  # a file with no text left, not searched for
+        self._given_up: FilePosition | None = None  # a renamed file with no text left: not reopened
         self._search = FileSearch(path, tell, clock)
 
     @property
@@ -303,7 +303,7 @@ class TailedFile:
         return self._chunk(before, data) if data else None
 
     def _begin_again(self, why: str) -> None:
-        """Go back to the beginning, or to old text that has not been read in a rotated file."""
+        """Go back to the beginning, or to unread old text in a rotated file."""
         assert self._place is not None and self._file is not None
         copy, self._blank = self._search.find_copy(self._place), None
         if copy and copy[1].st_size > self._place.offset:
@@ -338,7 +338,7 @@ class TailedFile:
         assert self._place is not None
         offset = self._place.offset if offset is None else offset
         end, tail = offset + len(data), zlib.crc32((before + data)[-TAIL:])
-        # As it was before the data was read: a copy of the file may have been made since.
+        # The modification time before the data was read: the file may have been copied since.
         written = self._place.written if self._mtime is None else self._mtime
         after = replace(self._place, offset=end, tail=tail, written=written)
         text = self._decoder.decode(data, self.name, offset)

@@ -24,7 +24,7 @@ class Desktop(toga.App):
     """The application, with one window.
 
     Args:
-        model, window: the initial ones.
+        model, window: the initial model and window size.
         sampling, max_tokens: settings for each reply.
         status_icon: put an icon in the menu bar; closing the window then leaves the app running.
     """

@@ -63,8 +63,8 @@ class ChatController:
     """One conversation at a time, on one model.
 
     Attributes:
-        said: the open conversation, oldest first.
-        attended: how many of its last exchanges are attended.
+        said: the open conversation's exchanges, oldest first.
+        attended: how many of the latest exchanges are attended.
         lists: the conversations and models that can be opened.
         draft: questions that were not sent; the window puts them back into its input field and
             clears this.

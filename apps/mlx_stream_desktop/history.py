@@ -72,7 +72,7 @@ def slug(question: str) -> str:
 
 
 def as_name(text: str) -> str:
-    """Return the name that comes closest to what was typed; it may be empty."""
+    """Return the valid name that is closest to the typed text; may be empty."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:64]
 
 

@@ -134,7 +134,7 @@ class Cache(Protocol):
         ...
 
     def state(self) -> dict[str, mx.array | int]:
-        """Erase, then return the whole state; the arrays are not copies."""
+        """Call `erase`, then return the whole state; the arrays are not copies."""
         ...
 
     def restore(self, state: dict[str, mx.array | int]) -> None:

@@ -26,7 +26,7 @@ class AttentionShape:
         return len(self.ropes)
 
     def scale(self, layer: int) -> float:
-        """Return the factor applied to a layer's scores, including that of its rotation."""
+        """Return the factor applied to a layer's scores, including its rotation's factor."""
         return self.head_dim**-0.5 * self.ropes[layer].score_factor
 
     def rotate_layers(self, x: mx.array, position: mx.array) -> mx.array:

@@ -126,7 +126,7 @@ class Geometry:
         return min(prefix_rows, self.rows)
 
     def chunk_prefix_rows(self, last: int) -> int:
-        """Return the same in finer steps, because each row is multiplied by a whole chunk."""
+        """Like `prefix_rows` in finer steps, because each row is multiplied by a whole chunk."""
         step = EXTENT_STEP
         while 8 * step <= last:
             step *= 2
@@ -162,7 +162,7 @@ class Geometry:
         return list(zip(starts, stops, strict=True))
 
     def decode_mask(self, position: StreamPosition, prefix_rows: int) -> np.ndarray | None:
-        """Return which rows the next token will attend to once stored: (prefix_rows,) bool.
+        """Return which rows the next token will attend to once it is stored: (prefix_rows,) bool.
 
         Returns None if it attends to all of them.
         """

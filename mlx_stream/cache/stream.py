@@ -144,7 +144,7 @@ class StreamCache:
 
     @property
     def lowest_clock_limit(self) -> int:
-        """The lowest limit at which all tokens from before a re-anchoring are gone by the next."""
+        """The lowest limit at which all tokens before a re-anchoring are gone by the next one."""
         spare = STEP_LENGTHS[-1] if self.storage.clocks > 1 else 0
         return 2 * self.geometry.rows + spare
 
@@ -307,7 +307,7 @@ class StreamCache:
         """Continue from a copy of `state`.
 
         Raises:
-            ValueRefused: `state` is not that of a cache with these parameters.
+            ValueRefused: `state` does not come from a cache with these parameters.
         """
         self._turn_back()
         wanted = self._state()

@@ -48,7 +48,7 @@ def restore_conversation(path: Path, chat: ChatSession, note: Mapping[str, Any])
 
     Raises:
         SnapshotError: the file is damaged, or belongs to another model or conversation. The session
-            must not be used then.
+            must not be used after this error.
     """
     found = load_snapshot(path, chat.cache.nbytes + LONGEST_HEADER)
     if not chat.model.is_fingerprint(found.model):

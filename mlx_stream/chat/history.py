@@ -17,7 +17,7 @@ def exchanges_of(
 
     Args:
         after: the number of the turn before them.
-        calls: the tools that its reply calls.
+        calls: the tool calls in that turn's reply.
 
     Raises:
         ValueRefused: the history does not end with a reply, a reply answers nothing, or tool

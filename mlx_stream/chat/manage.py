@@ -56,7 +56,7 @@ def existing_paths(name: str) -> SessionPaths:
 
 
 def questions_of(name: str) -> list[str]:
-    """Return a conversation's questions, or those of them that can be read."""
+    """Return a conversation's questions, or as many of them as can be read."""
     with suppress(SessionError), open_transcript(name) as store:
         return [turn.exchange.question for turn in store.whole()[0]]
     return []

@@ -18,7 +18,7 @@ class Message:
         role: `user`, `tool`, `system` or `assistant`.
         calls: an assistant message's tool calls.
         name, id: the name and id of the call that a tool message answers. Default: those of the
-            first call in the last reply that no earlier message of the turn answers.
+            last reply's first call that no earlier message of the turn has answered.
         thinking: an assistant message's thinking.
     """
 

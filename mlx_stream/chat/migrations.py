@@ -214,7 +214,7 @@ def copy_version_1(connection: sqlite3.Connection) -> None:
 
 
 def seal_whole_turns(connection: sqlite3.Connection, session: str, link: str) -> str:
-    """Write the checksums of the undamaged turns and return that of the last turn.
+    """Write the checksums of the undamaged turns and return the last turn's checksum.
 
     Args:
         link: the checksum before the first message.

@@ -56,7 +56,7 @@ class PromptBuilder:
     """Encodes the parts of a conversation with one template and one system prompt.
 
     Attributes:
-        pinned: ids that are always attended to: the system prompt, or whatever the template writes
+        pinned: ids that are always attended to: the system prompt, or else the template's text
             before any question. Empty without `pin`, or if that text does not end at a turn
             boundary.
         head: the messages that render to the pinned ids.
@@ -85,7 +85,7 @@ class PromptBuilder:
         self.head: list[MessageDict] = system_turn(system)
         self.texts = texts = TurnTexts(template, self.escape_special_tokens, system)
         template.check(False)
-        _ = self.replies.call_style  # raises an error if it is unknown
+        _ = self.replies.call_style  # raises an error if the call format is unknown
         if system is None or self._has_system_role():
             self.pinned = (self._border() or self._border_in_question()) if pin else ()
             if self.pinned or system is None or not pin:
@@ -120,8 +120,8 @@ class PromptBuilder:
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
         """Return an exchange with the ids of its text as rendered before the next message.
 
-        The next message is a question, or the result of a tool that the reply calls. With `later`,
-        another exchange comes in between. The reply keeps its sampled ids if they decode to the
+        The next message is a question, or the result of a tool that the reply calls. If `later`,
+        another exchange comes before it. The reply keeps its sampled ids if they decode to the
         template's text for it; otherwise that text is encoded.
 
         Raises:
@@ -130,7 +130,8 @@ class PromptBuilder:
         calls = bool(exchange.calls)
         later = later and (self.template.settles_late or calls)
         tools = calls or exchange.answers_calls  # Some templates render results in two ways.
-        marks = exchange.thinking and not exchange.reply_ids  # Must be encoded, unlike plain text.
+        # Thinking without ids must be encoded, unlike plain text.
+        marks = exchange.thinking and not exchange.reply_ids
         if not (self.template.rewrites or later or tools or marks):
             return replace(exchange, settled_ids=None)
         message = self.replies.message(exchange)

@@ -79,7 +79,7 @@ class SavedSession:
             raise
 
     def start_recall(self) -> None:
-        """Recall what leaves the window from now on, unless the chat was begun without recall."""
+        """Recall exchanges that leave the window from now on, unless recall was disabled."""
         self.chat.start_recall(lambda notify: TranscriptRecall(self.paths.index, notify))
         self._attach_recall()
 

@@ -164,7 +164,7 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
     """Return the turn that these rows hold; `turn` does not include the checksum.
 
     Raises:
-        ValueError, TypeError: the rows are not those of a turn.
+        ValueError, TypeError: the rows do not form a turn.
     """
     columns: tuple[Any, ...] = turn
     number, state, finish, time, closing, settled = columns

@@ -78,8 +78,8 @@ class ChatSession:
         on_evict: called after a turn with the numbers of turns and tokens evicted during it.
         template: replaces the model's own template.
         speculate, draft: see `mlx_stream.stream`.
-        think: whether the model should think before it answers, if it can. Default: whatever its
-            template does.
+        think: whether the model should think before it answers, if it can. Default: as the
+            template decides.
         reasoning_effort: how much to think: a level that the template supports, such as "low".
         tools: functions that the model may call, each a JSON schema in the format of OpenAI's API.
             They are pinned with the system prompt. An exchange whose reply calls tools has `calls`;
@@ -290,7 +290,7 @@ class ChatSession:
             raise ValueRefused(f"cannot undo {plural(back)}: the window holds {len(turns):,}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
-        # The turns that leave the copy's window are not those that leave this session's.
+        # The copy may evict different turns from those that this session evicts.
         found.recall, found.recalled, found._recalled_for = None, (), (0, "")
         found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
         found.sampler = Sampler(self.sampler.sampling)
@@ -690,8 +690,8 @@ class ChatSession:
     def _first_rewritten(self, turns: Sequence[PlacedTurn], last: Exchange) -> int:
         """Return the index of the first turn that is rendered differently once `last` follows.
 
-        From there on, the turns are those of a chain of tool calls that `last` ends, plus one more
-        turn for some templates.
+        From there on, the turns belong to a chain of tool calls that `last` ends; for some
+        templates, the turn before the chain is included.
         """
         first, follows = len(turns), last
         while first and follows.answers_calls and not last.calls:

@@ -45,7 +45,7 @@ def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
     """Return the metadata of a snapshot; the inverse of `plain`.
 
     Raises:
-        SnapshotError: the snapshot is not that of a conversation.
+        SnapshotError: the snapshot is not a conversation's.
     """
     plain = found.about
     try:
@@ -70,7 +70,7 @@ def parse_state(plain: Mapping[str, Any]) -> ConversationState:
     """Return the state that `plain_state` returned as plain values.
 
     Raises:
-        KeyError, TypeError, ValueError: the values are not those of a conversation.
+        KeyError, TypeError, ValueError: the values are not a conversation's state.
     """
     turns = of_type(int, plain["turns"])
     places = tuple((of_type(int, n), of_type(int, at)) for n, at in plain["places"])

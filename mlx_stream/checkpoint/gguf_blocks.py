@@ -91,7 +91,7 @@ def q8_0(blocks: np.ndarray) -> Unpacked:
 
 
 def k_45(blocks: np.ndarray) -> Unpacked:
-    """Q4_K and Q5_K: each of 8 groups has a scale, d * 6 bits, and a minimum, -m * 6 bits."""
+    """Q4_K and Q5_K: each of 8 groups has a scale d * s and a minimum -m * t; with 6-bit s, t."""
     codes = planes(blocks["q"], 32, 4)
     if "h" in (blocks.dtype.names or ()):
         codes |= planes(blocks["h"], 32, 1) << np.uint8(4)

@@ -26,8 +26,8 @@ FP8_SCALES = ("weight_scale_inv", "weight_scale")
 # Scales of activations and of the cache, neither of which is quantized here.
 NOT_READ = ("activation_scale", "input_scale", "k_scale", "v_scale")
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight outputs
-# Suffixes of the tensors that are read for a matrix; the model does not know any others and refuses
-# them.
+# Suffixes of the tensors that are read for a matrix; any others are unknown to the model, which
+# refuses them.
 ENDS = ("weight", *FP8_SCALES, "qweight", "qzeros", "scales", "g_idx")
 # How many numbers are converted at a time.
 CHUNK = 2**22

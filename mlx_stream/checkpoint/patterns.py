@@ -3,8 +3,8 @@
 The library's engine tries every way to match, so without a bound, a short pattern could take years.
 A pattern is accepted only if matching takes time proportional to the length of the text:
 
-- In a branch or a group, nothing that can fail follows an unbounded repetition, so whatever was
-  read is matched, and is read only once: `\\p{L}+`, `(?:a b*)+`, but not `a*b`.
+- In a branch or a group, nothing that can fail follows an unbounded repetition, so all text
+  that was read is matched, and is read only once: `\\p{L}+`, `(?:a b*)+`, but not `a*b`.
 - A branch may break that rule if the next branch that obeys it is certain to match what the
   failed branch read: `\\s*\\n|\\s+`, but not `\\s*\\n` alone.
 - Two kinds of published patterns break the rule anyway, rereading a run of whitespace or digits
@@ -21,7 +21,7 @@ MAX_TIMES = 100
 MAX_DEPTH = 4
 # Steps per character of a text; each takes 5 ns.
 MAX_COST = 1_000
-SLOW_COST = 400  # so that a file can have at most two
+SLOW_COST = 400  # so that a file can have at most two slow patterns
 
 ESCAPE = r"\\(?:[sSdDwWhHrntfvae]|[^A-Za-z0-9])"
 # One character; a character class may contain another class.
@@ -34,7 +34,7 @@ ATOM = re.compile(
 PLACE = re.compile(r"\\[bBAzZ]|\^|\$")
 GROUP = re.compile(r"\((?:\?(?:i?:|>|[=!]))?")
 TIMES = re.compile(r"([*+?]|\{\d+(?:,\d*)?\}|\{,\d+\}|)((?<=[*+?}])\+|)")
-# Branches that match a whole run, or all but its end, where the lookahead succeeds at once.
+# Branches that match a whole run, or all but its end, where the lookahead succeeds immediately.
 WHOLE_RUN = re.compile(r"\\s\+\(\?!\\S\)|\(\?:\\r\?\\n\)\+\(\?!\\r\?\\n\)")
 DIGIT = r"(?:\\d|\\p\{Nd?\}|\[0-9\])"
 # `\s+$`, and digits grouped in threes from the right: `\d{1,3}(?=(?:\d{3})*\b)`,
@@ -86,7 +86,10 @@ class Branch:
 
     @property
     def cost(self) -> int:
-        """The maximum steps per character: what follows the last required part is tried once."""
+        """The maximum number of steps per character.
+
+        What follows the last required part is tried only once.
+        """
         last = max((n for n, item in enumerate(self.items) if item.required), default=0)
         return math.prod(item.ways for item in self.items[:last]) * self.length
 

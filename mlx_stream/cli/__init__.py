@@ -150,6 +150,6 @@ def main() -> None:
     """Run the command line."""
     try:
         app()
-    except KeyboardInterrupt:  # it came before the verb started
+    except KeyboardInterrupt:  # Ctrl-C before the verb started
         notify("interrupted")
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""The user's config file: defaults for new conversations; knows keys and values, not their use.
+"""The user's config file: defaults for new conversations; does not act on them.
 
     model = "mlx-community/Qwen3-4B-4bit"
     window = 8188

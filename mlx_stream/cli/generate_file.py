@@ -90,7 +90,7 @@ def generate_file(
 
 
 def lines_of(out: Path) -> list[object]:
-    """Return the lines whose replies are in a file; none if it is not a file of replies."""
+    """Return the line numbers of a file's replies; empty if it is not a file of replies."""
     try:
         return [json.loads(row)["line"] for row in out.read_text("utf-8").splitlines()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

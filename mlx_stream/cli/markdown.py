@@ -25,7 +25,7 @@ from mlx_stream.program.terminal import is_styled, line_breaks
 STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 CODE = "cyan"
 LONGEST_RULE, NARROWEST = 40, 10
-# Those of the sixteen colours that are legible on both light and dark backgrounds.
+# Only those of the sixteen terminal colours that are legible on light and dark backgrounds.
 THEME = ANSISyntaxTheme(
     {
         Comment: Style(dim=True),

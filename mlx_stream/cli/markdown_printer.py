@@ -1,4 +1,4 @@
-"""Prints a reply to a terminal as Markdown while it is generated; knows blocks, not their styles.
+"""Prints a reply to a terminal as Markdown while it is generated; handles blocks, not styles.
 
     closed blocks     printed once; they become part of the scrollback
     the open block    reprinted from the first line that has changed, whenever a word is complete

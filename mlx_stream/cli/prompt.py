@@ -135,13 +135,13 @@ def editor(
         bottom_toolbar=status,
         enable_suspend=True,
     )
-    # A terminal that does not report its cursor has no status bar; do not warn about it.
+    # A terminal that does not report the cursor position has no status bar; do not warn about it.
     session.app.renderer.cpr_not_supported_callback = None
     return lambda default: session.prompt(default=default, pre_run=begun)
 
 
 def plain_line(default: str, history: "History") -> str:
-    """Read a line that the terminal itself edits and shows; Enter alone gives the default."""
+    """Read a line that the terminal itself edits and shows; Enter alone returns the default."""
     print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
     try:
         data = sys.stdin.buffer.readline()

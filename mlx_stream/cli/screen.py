@@ -103,7 +103,7 @@ class Screen:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
-        """Show how much has been read, if it takes a while, until something else is shown."""
+        """If reading takes a while, show how much has been read, until something else is shown."""
         bar = progress_bar(label, SECONDS_WITHOUT_PROGRESS)
         try:
             yield self._progress.enter_context(bar)

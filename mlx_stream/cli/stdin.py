@@ -33,7 +33,7 @@ def read_stdin() -> str:
     stdin = sys.stdin.buffer
     try:
         waits = not select.select([stdin], [], [], SECONDS_OF_SILENCE)[0]
-    except (OSError, ValueError):  # it has no file descriptor
+    except (OSError, ValueError):  # standard input has no file descriptor
         waits = False
     if waits:
         notify("waiting for standard input, which is part of the question; < /dev/null sends none")

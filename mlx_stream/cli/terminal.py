@@ -13,8 +13,8 @@ from mlx_stream.program.exits import notify
 from mlx_stream.program.terminal import terminal_size
 
 SECONDS_PER_LINE = 30.0
-# How many characters at the end of a reply must consist of a shorter text, repeated at least three
-# times.
+# A reply repeats itself if this many characters at its end consist of a shorter text, repeated at
+# least three times.
 REPEATED = 400
 
 Progress = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def repeats_itself(text: str) -> bool:
 
 @contextmanager
 def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
-    """Turn the first signal, such as Ctrl-C, into a request; a second one interrupts at once.
+    """Turn the first signal, such as Ctrl-C, into a request; a second one interrupts immediately.
 
     Yields a function that returns whether the signal has arrived.
     """

@@ -28,8 +28,8 @@ BACKLOG = 65_536
 class Engine:
     """A model on its own thread, the only thread in the process that touches MLX.
 
-    The constructor returns at once; the thread loads the model. Any thread may call the methods,
-    including a user interface's: only `wait` and `close` make the caller wait.
+    The constructor returns immediately; the thread loads the model. Any thread may call the
+    methods, including a user interface's thread: only `wait` and `close` make the caller wait.
 
     Args:
         source, dtype, keep_quantized: see `mlx_stream.load`.
@@ -117,7 +117,8 @@ class Engine:
     ) -> int | None:
         """Return the largest standard window with which several sessions fit the budget.
 
-        It leaves room for a system prompt. None if no window fits. The model must be loaded.
+        It leaves room for a system prompt. Returns None if no window fits. The model must be
+        loaded.
         """
         return self._host.largest_window(streams, sinks, kv_bits)
 
@@ -177,7 +178,9 @@ class Engine:
         began: datetime | None = None,
         restore: Callable[[ChatSession], None] | None = None,
     ) -> Session:
-        """Start a conversation; returns at once. Most invalid options raise only on first use.
+        """Start a conversation; returns immediately.
+
+        Most invalid options raise an error only on first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
@@ -238,7 +241,7 @@ class Engine:
         logprobs: int | None = None,
         shared: bool = True,
     ) -> TextReply:
-        """Continue plain text on a stream of its own; returns at once.
+        """Continue plain text on a stream of its own; returns immediately.
 
         Args:
             prompt, max_tokens, sampling, stop, window, sinks, kv_bits, bias, logprobs: see
@@ -268,7 +271,9 @@ class Engine:
         on_evict: OnEvict | None = None,
         restore: str | Path | None = None,
     ) -> Listener:
-        """Start listening; returns at once. Most invalid options raise only on first use.
+        """Start listening; returns immediately.
+
+        Most invalid options raise an error only on first use.
 
         Args:
             system, window, sinks, kv_bits: see `ChatSession`.

@@ -277,7 +277,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> ReplyReader:
-        """Start a reply at once, after changing the conversation as planned; return its reader.
+        """Change the conversation as planned, then start a reply immediately; return its reader.
 
         Raises:
             ValueRefused, TextError, QueueFull: as in `reply`.
@@ -291,7 +291,7 @@ class Session(Handle):
         return ReplyReader(self._worker, task, self)
 
     def when_idle(self, work: IdleWork | None) -> None:
-        """Set the work to do while nothing is asked of this session; returns at once.
+        """Set the work to do while this session is idle; returns immediately.
 
         Args:
             work: called on the engine's thread; returns a generator, which is run one step at a
@@ -313,7 +313,7 @@ class Session(Handle):
         return self._future(lambda chat: chat.undo())
 
     def clear(self) -> Future[None]:
-        """Evict every exchange; return a future like that of `undo`."""
+        """Evict every exchange; return a future, as `undo` does."""
         return self._future(lambda chat: chat.clear())
 
     def fork(

@@ -23,7 +23,7 @@ class IncrementalEncoder:
 
     Attributes:
         context: the last words that were encoded, with special tokens escaped; at first, the
-            template's text before the turn's.
+            template's text that precedes the turn's text.
         lead: what the template puts before the first word, until that word is encoded.
         pending: text whose ids may still change depending on what follows.
     """

@@ -65,11 +65,11 @@ class ReplyReader:
             self._task.tell = None
 
     def cancel(self) -> None:
-        """End the reply within one step; any thread may call this, and it returns at once."""
+        """End the reply within one step; any thread may call this, and it returns immediately."""
         self._task.cancel()
 
     def when_done(self, call: Callable[[Future[Any]], None]) -> None:
-        """Arrange for `call` to run once the reply has ended, in any way, and has been settled.
+        """Arrange for `call` to run once the reply has ended, for any reason, and been settled.
 
         It runs on the engine's thread, or immediately if the reply has already ended.
         """

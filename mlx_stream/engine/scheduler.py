@@ -1,4 +1,4 @@
-"""Decides which reads share the next step; knows requests, but not threads or sessions.
+"""Decides which reads share the next step; handles requests, not threads or sessions.
 
 Every step includes the tokens of replies. Its other rows are divided among prompts and settling
 streams. While replies are in progress, those rows are limited, so that a step takes about `LONGEST`
@@ -52,8 +52,8 @@ class StepTimes:
     def sharing_pays(self, replies: int, probe: bool) -> bool:
         """Return whether one step for all replies is faster than a separate step for each.
 
-        Both are tried at first, and again from time to time in rounds that may be a `probe`: those
-        without prompts, because a round of separate steps takes longest beside them.
+        Both are tried at first, and again from time to time, but only in rounds that may be used as
+        a `probe`: those without prompts, which would make a round of separate steps take longest.
         """
         together, alone = self.of_tokens(replies), self.of_tokens(1)
         at = self._rounds.get(replies, 0) if probe else 0
@@ -68,8 +68,8 @@ class StepTimes:
     def most_rows(self, replies: int) -> int:
         """Return how many prompt rows a step with tokens from `replies` streams may have.
 
-        Together with the tokens, they are the nearest multiple of the number of rows that steps are
-        padded to.
+        Together with the tokens, they are rounded to the nearest multiple of `ROWS_MULTIPLE`, to
+        which steps are padded.
         """
         if not replies:
             return SHARED_ROWS

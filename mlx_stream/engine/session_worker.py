@@ -42,7 +42,7 @@ class ReplyStart:
         read: how many of them are read for this reply.
         turns: how many earlier turns are attended.
         evicted: how many of the tokens read have been evicted since the conversation began.
-        window, sinks, cache_bytes: the sizes of its stream.
+        window, sinks, cache_bytes: the sizes of the stream's window, sinks and cache.
         restarted: whether earlier turns were evicted because `ReplyPlan.history` fills the window.
     """
 
@@ -82,14 +82,14 @@ class ReplyPlan:
 
     Attributes:
         question: None to answer the last question again.
-        back: how many of the last turns are rolled back first.
-        keep: how many of the remaining last turns may stay attended. Default: all.
+        back: how many of the latest turns are rolled back first.
+        keep: how many of the latest remaining turns may stay attended. Default: all.
         history: turns to read as text after the attended ones; see `ChatSession.follow`.
         unread: how many turns before the history are not read.
         given: returns how many characters of the answer the reader has taken. If the reply is
             cancelled, the rest is rolled back.
         on_end: called on the engine's thread with the reply's end, or with None if an option was
-            refused before anything changed. It must return at once.
+            refused before anything changed. It must return immediately.
     """
 
     question: Question | None
@@ -263,7 +263,7 @@ class SessionWorker:
         added = started and number_of_turns(chat) == turns + (not replaced)
         exchange = attended[-1].exchange if attended and added else None
         sizes = tuple(len(t.exchange.closing_ids) + len(t.exchange.ids) for t in attended)
-        # Whatever receives `end` may ask for them before the turn has been settled.
+        # The recipient of `end` may read the exchanges before the turn has been settled.
         self.exchanges = tuple(turn.exchange for turn in chat.evictor.state.turns)
         end = ReplyEnd(exchange, replaced, sizes, chat.tokens.failed, self._take_notices())
         plan.on_end(end)

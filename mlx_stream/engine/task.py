@@ -159,7 +159,7 @@ def reraise(error: MlxStreamError) -> MlxStreamError:
 
 
 def as_engine_error(error: Exception) -> MlxStreamError:
-    """Convert an error to one of the package's, without frames, which would keep a ring alive.
+    """Convert an error to a package error without frames, which would keep a ring alive.
 
     MLX reports errors as RuntimeError, possibly late and from any call.
     """

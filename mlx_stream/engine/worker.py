@@ -87,7 +87,7 @@ class SessionQueue:
         return self.tasks[0].runnable() if self.tasks else self.owner.waiting()
 
     def close(self) -> None:
-        """Stop the session's tasks and close it; returns at once."""
+        """Stop the session's tasks and close it; returns immediately."""
         with self.worker.lock:
             self.closing = True
             self.worker.lock.notify_all()
@@ -339,7 +339,7 @@ class Worker:
             raise EngineClosed("this session or listener is closed: start a new one")
 
     def end(self) -> None:
-        """Tell the thread to end; returns at once."""
+        """Tell the thread to end; returns immediately."""
         with self.lock:
             self.closing = True
             self.lock.notify_all()
@@ -426,7 +426,7 @@ def as_coroutine(function: Callable[[], Any]) -> Work:
     return function()
 
 
-# --- one worker per process, and its end ---
+# --- one worker per process, and its shutdown ---
 
 _all: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _claims = threading.RLock()

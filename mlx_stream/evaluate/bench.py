@@ -124,7 +124,7 @@ def repeat(step: Step, count: int) -> None:
 def in_turn(
     ours: Step, theirs: Step, pairs: int, seconds: float | None = SECONDS_PER_SERIES
 ) -> tuple[list[float], list[float]]:
-    """Run two steps alternately, changing which goes first; return the seconds of each.
+    """Run two steps in pairs, alternating which goes first; return the time of each in seconds.
 
     Stops after `seconds`, unless that is None, but not before the minimum number of pairs.
     """

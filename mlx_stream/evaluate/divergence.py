@@ -34,10 +34,11 @@ def compare(
     Both streams are new and have the same sinks and window. Only a few rows' logits are in memory
     at a time, however long the text.
 
-    Returns `tokens` compared; `source_perplexity` and `perplexity`; the mean and the 99th
-    percentile of the Kullback-Leibler divergence from the source's prediction of a token to the
-    other's, in nats, `kl_mean` and `kl_p99`; `top1_agreement`, the share of tokens for which both
-    predict the same likeliest token. All are rounded to 6 decimal places; further digits are noise.
+    Returns `tokens`, the number compared; `source_perplexity` and `perplexity`; `kl_mean` and
+    `kl_p99`, the mean and the 99th percentile, in nats, of the Kullback-Leibler divergence from the
+    source's prediction of a token to the other's; and `top1_agreement`, the share of tokens for
+    which both predict the same likeliest token. All are rounded to 6 decimal places; further
+    digits are noise.
     """
     found: list[np.ndarray] = []  # columns: source's and other's loss, divergence, same top token
     read, total = 0, len(ids) - 1

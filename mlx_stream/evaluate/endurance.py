@@ -1,7 +1,8 @@
 """`eval endurance`: reads hundreds of thousands of tokens in one stream; can be interrupted.
 
 A line is logged after each segment. The stream's state is saved periodically and when the run is
-stopped. A state that is older than the log catches up by reading, with bit-identical results.
+stopped. If the saved state is older than the log, the stream catches up by rereading,
+with bit-identical results.
 """
 
 import itertools

@@ -46,7 +46,7 @@ def prefills(
 def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int) -> Row:
     """Read one text from the beginning through both windows, alternating, and time all of it.
 
-    The side that has read less reads the next chunk. Both run their head only for the last token.
+    The side that has read less reads the next chunk. Each runs its head only for the last token.
     """
     readers = {
         "ours": our_reading(model, window, ids, chunk),

@@ -76,7 +76,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Query:
-    """A question about a line, asked after line `after` has been read; numbered from 1."""
+    """A question about a line, asked after line `after` is read; questions are numbered from 1."""
 
     number: int
     after: int
@@ -135,7 +135,7 @@ class StreamEvalData:
 
 
 def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamEvalData:
-    """Generate lines and, after every tenth, one query per distance: lines back, at least 1.
+    """Generate lines and, after every tenth, one query per distance (in lines back, from 1).
 
     All distances are queried at the same points, beginning with the first that has a line far
     enough back. With the same seed, a shorter text is a prefix of a longer one.

@@ -54,7 +54,7 @@ class AttendedIds:
         """Return the ids that the newest token attends to, in text order.
 
         Args:
-            before: count back this many tokens from the newest one.
+            before: use the token this many before the newest one instead.
         """
         self.record()
         return [self.by_row[row] for row in self.cache.attended_rows(before)]

@@ -39,7 +39,7 @@ def stream_steps(
         stop: strings that end the text; they are not part of it.
         sinks, window, kv_bits: see `Model.new_cache`.
         stats: updated as the text is written.
-        progress: called while the prompt is read, with the tokens read and the total.
+        progress: called while the prompt is read, with the number of tokens read and the total.
         speculate: guess tokens and verify several per step. The text is the same apart from
             rounding. Default: yes, unless `kv_bits` or a seed is given.
         draft: a smaller model with the same vocabulary that also guesses.

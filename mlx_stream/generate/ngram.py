@@ -85,7 +85,7 @@ class NgramLookup:
         return NgramDraft()
 
     def _entries(self, newest: int) -> list[tuple[int, int]]:
-        """Return each pattern length with the table entry of the pattern ending in `newest`."""
+        """Return each pattern length, and the table index of the pattern ending in `newest`."""
         found, mixed = [], newest
         for back in range(1, LENGTHS[-1]):
             at = self.count - back

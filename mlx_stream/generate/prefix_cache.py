@@ -1,8 +1,8 @@
 """Caches the rows of prefixes that several streams share, so that each prefix is read only once.
 
 A pinned prefix forms the stream's sinks, so its rows come first in the buffer and are the same for
-every window. A stream with that prefix starts with a copy of them, which is bit for bit what
-reading the prefix would give.
+every window. A stream with that prefix starts with a copy of them, bit-identical to
+what reading the prefix would produce.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ def copy_rows(writer: Writer, count: int) -> Prefix:
 
 
 def paste_rows(writer: Writer, prefix: Prefix) -> None:
-    """Write the first rows of an empty stream by layer, so that only one layer exists twice."""
+    """Write the first rows of an empty stream by layer, so that only one is in memory twice."""
     cache, count = writer.cache, prefix.sinks.shape[2]
     segments = [(0, count, 0)]
     for layer, (new_keys, new_values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):

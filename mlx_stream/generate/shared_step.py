@@ -43,7 +43,7 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
         if planned:
             results = compute([*planned.values()])
             found |= zip(planned, results, strict=True)
-    except Exception as error:  # whatever the error, the rows may hold anything
+    except Exception as error:  # after any error, the rows may hold anything
         for read in planned.values():
             read.stream.fail()
         found |= dict.fromkeys(planned, error)
@@ -63,7 +63,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
         padding = -len(tokens) % ROWS_MULTIPLE
     # Padded with an id of the step, so that the padding cannot introduce a new NaN.
     rows = mx.array([tokens + tokens[-1:] * padding], mx.int32)
-    counts: list[int] = []  # of the rows whose logits each read asks for: its last ones
+    counts: list[int] = []  # how many of each read's last rows need logits
     asked: list[int] = []
     for read, end in zip(planned, accumulate(len(read.ids) for read in planned), strict=True):
         count = {Want.NOTHING: 0, Want.ROWS: len(read.ids)}.get(read.request.want, 1)

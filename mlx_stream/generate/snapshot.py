@@ -39,7 +39,7 @@ SAFETENSORS_DTYPES = {
     mx.bfloat16: "BF16",
     mx.uint32: "U32",
 }
-ALIGNMENT = 8  # of the arrays in a safetensors file, in bytes
+ALIGNMENT = 8  # bytes; the alignment of the arrays in a safetensors file
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Snapshot:
 def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> None:
     """Write a stream to `path`, replacing any file there; only this user may read it.
 
-    The replacement is atomic, and on disk when this returns.
+    The replacement is atomic, and is on disk when this returns.
 
     Args:
         model: the model's fingerprint.

@@ -25,7 +25,7 @@ NOT_A_NUMBER = (
     "the model's output is not finite: its weights are damaged, or overflow in this dtype (try "
     "`dtype` float32)"
 )
-# After one of these, the buffers' contents are unknown, although MLX regards them as evaluated.
+# After these errors, the buffers' contents are unknown, although MLX regards them as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
 

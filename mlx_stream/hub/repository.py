@@ -104,7 +104,7 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
 
 
 def is_read(name: Any) -> bool:
-    """Return whether a listed name is that of a file we read, at the repository's top level."""
+    """Return whether a listed name is a file that we read, at the top level of the repository."""
     if not isinstance(name, str) or any(c in name for c in "/\\:\0"):
         return False
     wanted = any(fnmatch(name, pattern) for pattern in FILES)

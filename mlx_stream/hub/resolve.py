@@ -45,7 +45,7 @@ def resolve(source: str, progress: Notify) -> Path:
 
 
 def hub_id(source: str) -> str | None:
-    """Return the Hub id that a source gives in full or as a short name; None if neither."""
+    """Return the Hub id for a source that is one or is a short name; None if it is neither."""
     return source if HUB_ID.fullmatch(source) else listed_repository(source)
 
 

@@ -18,7 +18,8 @@ from mlx_stream.errors import SourceError
 from mlx_stream.hub.hub_cache import File, Repository, blob_of
 
 BLOCK = 1 << 20
-# Attempts in a row that receive nothing, and the seconds between them.
+# Give up after this many attempts in a row that receive nothing, and pause this many seconds
+# between attempts.
 ATTEMPTS = 5
 PAUSE = 1.0
 
@@ -88,7 +89,7 @@ def download(
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether retrying is useless; the HTTP client's errors have no fixed names."""
+    """Return whether retrying is pointless; the HTTP client's errors have no fixed names."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):

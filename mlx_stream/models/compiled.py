@@ -19,7 +19,7 @@ from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_toke
 
 # How many traces a model keeps: enough for a few step sizes, windows and sampling modes.
 MOST_TRACES = 64
-# For steps shared by several streams, whose sets change as replies start and end: a set is traced
+# The set of streams that share a step changes as replies start and end, so a set is traced only
 # after it has occurred this many times, and fewer traces are kept.
 TRACED_AFTER = 16
 MOST_SHARED_TRACES = 16

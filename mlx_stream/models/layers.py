@@ -180,7 +180,7 @@ class CausalLM(nn.Module):
 
         Args:
             asked: the rows to return, (A,) integers; the last layer's other rows are not computed.
-                Needs T > 1.
+                Requires T > 1.
         """
         return self.norm(self._through(tokens, step, asked)[1])[None]
 

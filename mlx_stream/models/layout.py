@@ -1,8 +1,8 @@
 """The shapes and sizes of a model's tensors, without loading them.
 
-A model family builds its model from a `Layout` instead of weights, so whatever is counted, planned,
-quantized or converted is exactly what the model consists of. Here, a config that asks for terabytes
-merely yields a number.
+A model family builds its model from a `Layout` instead of weights, so the tensors that are counted,
+planned, quantized or converted are exactly those of the model. Nothing is allocated here: a config
+that asks for terabytes merely yields a number.
 """
 
 from collections.abc import Callable, Iterator

@@ -318,7 +318,7 @@ def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx
 
 
 def _smallest(quantization: Quantization) -> int:
-    """Return the shortest row that MLX can build a module from."""
+    """Return the length of the shortest row that MLX can build a module from."""
     return max(quantization.group_size, 32)
 
 

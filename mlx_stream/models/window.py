@@ -12,7 +12,7 @@ THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
 PREFILL_CHUNK = 128
 # The same for a step shared by several streams, while no reply is in progress.
 SHARED_ROWS = 2 * PREFILL_CHUNK
-MOST_STREAMS = 64  # run together, from a file of prompts or in a benchmark
+MOST_STREAMS = 64  # the maximum run together, from a file of prompts or in a benchmark
 
 
 def resolve_window(

@@ -180,7 +180,7 @@ def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterat
         where = f"{file}: device {number}"
         check_entry(entry, where)
         name, sizes = entry["name"], entry["memory_gb"]
-        # One device for each memory size it is sold with.
+        # An entry describes one device per memory size that it lists.
         several = isinstance(sizes, list)
         for size in sizes if several else [sizes]:
             own_name = f"{name}-{size:g}gb" if several else name

@@ -1,4 +1,4 @@
-"""Finds the listed models that fit a device, and with what window; touches no network."""
+"""Finds the listed models that fit a device, and the largest window for each; works offline."""
 
 from dataclasses import dataclass, replace
 

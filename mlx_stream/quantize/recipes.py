@@ -166,8 +166,8 @@ def allocate_bits(
 
     Args:
         elements: the number of elements of each matrix, by path.
-        sensitivity: how much quantizing each part with `base` harms the model's output, by the
-            part's paths.
+        sensitivity: how much quantizing each part with `base` harms the model's output; the
+            keys are the parts' paths.
     """
     assert recipe.high is not None
     high, ceiling = recipe.high, replace(recipe.base, bits=recipe.base.bits + 1)

@@ -213,7 +213,7 @@ def traced_once(model: Model) -> CheckOutcome:
 
 
 def seeds(model: Model) -> CheckOutcome:
-    """Sample twice with one seed, then with another seed and with none, also on another thread."""
+    """Sample twice with one seed and once with another; draw three seeds, one on another thread."""
     level = mx.zeros(model.config.vocab_size)
 
     def drawn(seed: int) -> list[int]:

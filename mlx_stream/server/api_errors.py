@@ -73,7 +73,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return the API's form of an error; for one from elsewhere, say only that it happened."""
+    """Return an error in the API's form; an unexpected error is reported without details."""
     if isinstance(error, ApiError):
         return error
     for kind, status, code in STATUSES:

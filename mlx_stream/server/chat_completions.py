@@ -23,7 +23,7 @@ from mlx_stream.server.schemas import ChatRequest
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-# If the client sets no limit. Small models may repeat the same line forever.
+# The limit if the client sets none. Small models may repeat the same line forever.
 DEFAULT_ANSWER_TOKENS = 4_096
 LARGE = 256 * 1024  # bytes; processing such a body takes longer than a thread switch
 DONE = "[DONE]"

@@ -1,6 +1,6 @@
 """Streams responses as server-sent events; independent of any API's objects.
 
-A client that disconnects ends its request at once, whatever the handler is waiting for.
+When a client disconnects, its request is cancelled immediately, even if the handler is waiting.
 """
 
 import asyncio

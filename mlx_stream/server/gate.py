@@ -70,7 +70,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], rules: GateRules):
         self.app, self.routes, self.rules = app, routes, rules
-        self._bytes = 0  # of bodies in memory
+        self._bytes = 0  # total size of the bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,7 +98,7 @@ class Gate:
     # --- the head ---
 
     def _use_path_of_url(self, scope: Scope) -> None:
-        """If a request names its path as a URL, as for a proxy, use the path.
+        """If a request has a full URL in place of a path, as for a proxy, keep only its path.
 
         Raises:
             ApiError: the URL does not name this server.

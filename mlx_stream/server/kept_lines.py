@@ -48,7 +48,7 @@ class KeptLine:
     Attributes:
         head: the digest of its head.
         record: the turns that it has read.
-        window: in tokens.
+        window: the size of its stream's window, in tokens.
         began: when its stream was opened; its template may mention the date.
         used: when it was last written, in seconds since the epoch.
         usable: False if the file was found to be damaged or to belong to another model.
@@ -99,7 +99,7 @@ class KeptLines:
     Args:
         folder: created if it does not exist; only this user may have access.
         limit: how many bytes the conversations may take up; there are also at most `MOST_LINES`.
-            The least recently used ones are removed, starting with those of one turn.
+            The least recently used ones are removed, starting with those that have only one turn.
         notify: called with a line for the user, perhaps on the engine's thread.
 
     Attributes:

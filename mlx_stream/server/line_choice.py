@@ -77,7 +77,7 @@ def choose_line(
 
     Args:
         free: whether another line may be opened without closing one.
-        window: of a new line, in tokens; None for the model's default.
+        window: a new line's window, in tokens; None for the model's default.
         copies: whether a line may be copied; otherwise everything is done in place.
     """
     turns = request.conversation.turns
@@ -133,11 +133,11 @@ def named(choice: Choice) -> Choice:
 def best_match(
     request: Request, lines: Sequence[StreamLine], kept: Sequence[KeptLine]
 ) -> tuple[Match | None, str]:
-    """Return the line to use and where the request's turns stand in its record.
+    """Return the line to use and the positions of the request's turns in its record.
 
-    Matches are preferred in this order: of more turns; in a line that need not be restored; of all
-    the request's turns, at the end of a line from which nothing older must be evicted; at a later
-    position; at the end of a record. If no line matches, return why.
+    Matches are ranked by these criteria, in order: more turns match; the line need not be restored;
+    all the request's turns match, at most one turn follows them, and nothing older must be evicted;
+    the match ends later; it ends the record. If no line matches, return why.
     """
     found: list[tuple[tuple[Any, ...], Match]] = []
     why = "no stream has the same head"

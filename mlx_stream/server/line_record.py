@@ -62,8 +62,8 @@ class Record:
     def fits(self, first: int, last: int, window: int) -> bool:
         """Return whether enough of the turns from `first` to `last` is attended.
 
-        That is at least half of the tokens that a stream would attend to if it read the newest of
-        these turns that fit a window.
+        Enough means at least half of the tokens that a stream would attend to if it read the newest
+        of these turns that fit a window.
         """
         attended = sum(self.sizes[max(first, len(self) - self.attended) : last])
         most = 0

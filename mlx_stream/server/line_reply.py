@@ -75,7 +75,7 @@ class LineReply:
         read: how many of them are read for this reply.
         evicted_turns: how many of the request's closed turns are not attended.
         evicted_tokens: how many of the line's tokens have been evicted since it was opened.
-        window: in tokens.
+        window: the size of the line's window, in tokens.
         notices: lines for the user.
         finish: set once it has ended: `end`, `stop`, `length` or `cancelled`.
         calls: the tools that the reply calls; set once it has ended.
@@ -102,7 +102,7 @@ class LineReply:
         return max(0, self.attended - self.read)
 
     def cancel(self) -> None:
-        """End the reply within one step; any thread may call this, and it returns at once."""
+        """End the reply within one step; any thread may call this, and it returns immediately."""
         if self.reader:
             self.reader.cancel()
 

@@ -52,7 +52,7 @@ class Lines:
         shared: see `Engine.session`.
         kept: the conversations in files; each line is kept there after each reply.
         on_idle: called whenever a line may be used again, perhaps on the engine's thread. It must
-            return at once.
+            return immediately.
 
     Raises:
         ValueRefused: `streams` is below 1.
@@ -75,7 +75,7 @@ class Lines:
         self._sinks, self._kv_bits, self._shared = sinks, kv_bits, shared
         self._on_idle, self._kept = on_idle, kept
         self._digests = Digests(kept.key if kept else os.urandom(DIGEST_BYTES))
-        # Reentrant: a reply that has already ended reports this at once.
+        # Reentrant: a reply that has already ended reports this immediately.
         self._lock = threading.RLock()
         self._lines: list[StreamLine] = []
         self._numbers = self._requests = 0

@@ -185,7 +185,7 @@ class NamedSessions:
 
 
 def is_same(sent: str, reply: str) -> bool:
-    """Return whether a reply that a client sent is the saved one, compared as for lines."""
+    """Return whether a sent reply is the saved one, normalized in the same way as for digests."""
     one, other = (unicodedata.normalize("NFC", text).strip() for text in (sent, reply))
     return one == other
 

@@ -71,7 +71,7 @@ async def serve_until_signal(
 
     def end(number: int) -> None:
         ended.append(number)
-        for one in signals:  # a second signal ends the process at once
+        for one in signals:  # a second signal ends the process immediately
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
         asked.set()

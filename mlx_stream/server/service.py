@@ -43,14 +43,14 @@ class ServiceOptions:
         memory_budget: see `Engine`.
         aliases: the model's names; responses use the first.
         any_model: whether every other name also means this model.
-        streams: conversations whose keys and values are in memory.
-        queue: requests that may wait, besides those being answered.
+        streams: how many conversations may have their keys and values in memory.
+        queue: how many requests may wait, besides those being answered.
         window, sinks, kv_bits: for each stream; see `ChatSession`.
         shared: see `Engine.session`.
         sessions: whether clients may continue saved conversations by name.
-        recall: tokens of a saved conversation's window that are kept free for quotations.
-        keep: the folder in which conversations are kept when their streams are closed; None for
-            none.
+        recall: how many tokens of a saved conversation's window are kept free for quotations.
+        keep: the folder in which conversations are kept when their streams are closed; None to
+            keep none.
         keep_size: how much space they may take up there, in GiB.
         idle_unload: minutes without a request after which the weights are released; None for never.
     """

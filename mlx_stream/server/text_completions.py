@@ -21,7 +21,7 @@ from mlx_stream.server.schemas import TextRequest
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-DEFAULT_TOKENS = 16  # OpenAI's
+DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 @dataclass

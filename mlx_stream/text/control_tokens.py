@@ -110,7 +110,7 @@ def has_part_at_an_end(names: Sequence[str], texts: Sequence[str]) -> bool:
 
 
 def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Split a text within each span into shorter pieces; a single character gives no pieces.
+    """Split a text within each span into shorter pieces; a single character yields no pieces.
 
     A span of one character may stand for a longer run that a normalizer replaced, so the text
     before and after it is split too.

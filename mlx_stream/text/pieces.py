@@ -150,7 +150,7 @@ class ReplyDecoder:
         return text
 
     def begin_with(self, ids: Sequence[int]) -> None:
-        """Add the ids of a beginning that was given, not sampled; limits ignore them."""
+        """Add the ids of a given beginning; they do not count toward the answer's limit."""
         for id in ids:
             self.add(id)
         self.answer_count = 0

@@ -59,7 +59,7 @@ def style_of(source: str) -> ThinkingStyle | None:
 
 
 class Phase(Enum):
-    """What the next text of a reply belongs to."""
+    """The part of a reply that the next text belongs to."""
 
     UNKNOWN = auto()  # at the beginning, and after thinking has ended
     THINKING = auto()

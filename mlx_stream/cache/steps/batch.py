@@ -21,7 +21,7 @@ class BatchStep:
 
     Args:
         steps: one per stream, none of them padded; see `Cache.plan`.
-        padding: how many rows follow theirs.
+        padding: how many rows of padding follow the streams' rows.
     """
 
     def __init__(self, steps: Sequence[Any], padding: int = 0):

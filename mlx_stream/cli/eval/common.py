@@ -60,7 +60,7 @@ class OutputOptions:
 
         Args:
             table: the rows to print as a table, if the report has too many to read.
-            cut: the error that ended it early, from `collecting_rows`; raised at the end.
+            cut: the error that ended measuring early, from `collecting_rows`; raised at the end.
         """
         if cut:
             report.notes.append("interrupted: these are the figures up to that point")

@@ -47,8 +47,8 @@ def endurance(
     """Read texts over and over as one stream, and log the results.
 
     Ctrl-C stops it after the current step. Rerun the command to continue; the figures
-    are those of an uninterrupted run. With a larger --tokens it reads further. The last segment is
-    always completed.
+    are the same as in an uninterrupted run. With a larger --tokens it reads further. The last
+    segment is always completed.
     """
     from mlx_stream.evaluate.endurance import (
         Course,

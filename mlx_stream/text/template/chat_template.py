@@ -69,7 +69,7 @@ def tool_calls(calls: Iterable[tuple[str, Any, str]]) -> list[dict[str, Any]]:
 
 
 def tool_results(calls: Sequence[MessageDict], content: str) -> list[MessageDict]:
-    """Return messages that give the same result for each of these tool calls."""
+    """Return a result message for each of these tool calls, all with the same content."""
     return [
         {
             "role": "tool",
