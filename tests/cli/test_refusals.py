@@ -206,7 +206,7 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     (lambda model: (model / "model.safetensors").unlink(), "expected weights in the safetensors"),
     (
         lambda model: (model / "tokenizer.json").unlink(),
-        "no tokenizer.json; convert it with tran",
+        "no tokenizer.json; write one with tran",
     ),
     *(
         (written(file, content), file)

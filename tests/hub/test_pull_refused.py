@@ -96,7 +96,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
         lambda served: (served.repos[REPO] / "tokenizer.json").unlink(),
         *("this model has no tokenizer.json", None),
     ),
-    (lacks_a_shard, "no model-00002-of-00003.safetensors, which its index names", None),
+    (lacks_a_shard, "no model-00002-of-00003.safetensors, which its index lists", None),
 ]
 
 
