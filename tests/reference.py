@@ -192,7 +192,7 @@ class SlowAttention:
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; o moves back as far as the spare rows allow."""
         kept = self.n - count
-        complete = self.oldest == self.sinks  # nothing was ever evicted, or all of it is back
+        complete = self.oldest == self.sinks  # no tokens were ever evicted, or they are all back
         if count < 0 or kept < (0 if complete else self.oldest):
             raise ValueError(f"cannot take back {count} of tokens {self.oldest} to {self.n - 1}")
         del self.store[kept:]

@@ -172,7 +172,7 @@ def is_public(module: str, name: str) -> bool:
 
 
 def uses_of(tree: ast.AST, own: str) -> set[str]:
-    """Return what a program uses but must not use.
+    """Return the names that a program uses but must not use.
 
     Args:
         own: the program's package; "" if it has none.

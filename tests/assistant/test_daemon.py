@@ -70,7 +70,7 @@ def prose(count: int, seed: int = 1) -> str:
 
 
 def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
-    """Return how many tokens a listener fed everything at once attends to and has evicted."""
+    """Return how many tokens a listener attends to and has evicted if fed everything in one go."""
     with mlx_stream.Engine(str(model), queue_size=10_000) as engine:
         listener = engine.listen(system=SYSTEM, window=WINDOW)
         for text in texts:
@@ -84,7 +84,7 @@ def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
 
 
 def test_killed_again_and_again_it_reads_everything_once(start, letters, log, tmp_path):
-    """The quick version of `tests.long.assistant`."""
+    """A quick version of `tests.long.assistant`."""
     luck, diary, text = random.Random(7), tmp_path / "diary.md", prose(200).encode()
     watch = Watch(assistant_paths("main").journal)
     words = (f"--follow={log}", f"--notes={diary}", "--snapshot-every=0.005")

@@ -159,7 +159,7 @@ def test_a_note_that_was_moved_is_not_read_again(tmp_path, how):
     old.write_text("one\n")
     looking = Looking(tmp_path)
     looking.look()
-    if how == "NFC and NFD":  # copied to a disk that uses the other spelling
+    if how == "NFC and NFD":  # copied to a disk that normalizes names differently
         new.write_text("one\n")
         old.unlink()
     elif how == "its folder":
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_read_is_waited_for(tmp_path, kind):
     looking.look()
     path.mkdir()
     (path / "a.md").write_text("one\n")
-    assert looking.look() == []  # it is as it was before
+    assert looking.look() == []  # it has not changed
 
 
 # --- the journal ---
@@ -411,7 +411,7 @@ def test_threads_that_append_at_once(journal):
     assert [c.text for c in chunks if c.source == "t2"] == [f"t2 {n}\n" for n in range(30)]
     chunks = journal.chunks(119)
     assert next(chunks).number == 120
-    journal.append(arrival("late"))  # it arrives while others are read
+    journal.append(arrival("late"))  # it arrives while others are being read
     assert next(chunks).text == "late" and next(chunks, None) is None
 
 
@@ -481,7 +481,7 @@ def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, 
     wanted = None
     for count in range(len(text) + 1):
         if after and 0 < count < len(text):
-            continue  # a crash does not leave text after half a note
+            continue  # a crash does not leave half a note with text after it
         journal.begin_note({"note": text, "at": len(before)}, 1, 0.0)
         path.write_bytes(before + text[:count].encode() + after)
         diary.finish()

@@ -189,7 +189,7 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     said = []
     assistant: Any = Assistant(Settings(stdin=True), said.append)
     assistant._journal, assistant.handler = journal, SimpleNamespace(feeder=None)
-    # What cannot be encoded cannot be written.
+    # Text that cannot be encoded cannot be written.
     assistant._sources = [source("\udce9"), source("good"), source("\udce9")]
     assert assistant._read()
     assert [chunk.text for chunk in journal.chunks(0)] == ["good"]

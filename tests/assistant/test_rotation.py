@@ -77,7 +77,7 @@ def test_rotated_more_than_once_by_date(path, names):
 
 @pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
 def test_other_rotated_files_are_not_read_again(path, kept):
-    """Later files have higher numbers, one is written to after it was read, and one is gone."""
+    """Later files have higher numbers, one is written to after being read, and one is gone."""
     reading = Reading(path)
     for number in range(1, 4):
         write(path, b"%d\n" % number, number)
@@ -148,7 +148,7 @@ def test_a_look_in_the_middle_of_a_rotation_loses_nothing(path):
         rotate(path)
         write(path, data, second)
     second, third = (path.with_name(f"x.log.{number}") for number in (2, 3))
-    second.rename(third)  # and x.log.1 is not renamed yet
+    second.rename(third)  # and x.log.1 has not been renamed yet
     reading.restart()
     reading.wait(1)
     path.with_name("x.log.1").rename(second)
@@ -320,7 +320,7 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_life_of_a_file(path, seed):
-    """The reader is also killed before text is on disk, and the file is renamed often."""
+    """The reader is also killed before it has saved what it read; the file is renamed often."""
     luck, number, now = random.Random(seed), 0, 0
     reading, written = Reading(path), b""
     rotates = (
@@ -334,7 +334,7 @@ def test_a_random_life_of_a_file(path, seed):
             write(path, line, now)
             written, number = written + line, number + 1
             if step == 0:
-                reading.wait()  # what was written before the first look may be missed
+                reading.wait()  # text written before the first look may be missed
         elif what == "rename" and path.exists():
             rotates(path)
         elif what == "restart":
@@ -447,7 +447,7 @@ def test_another_file_that_got_the_inode_of_an_empty_one_is_not_read(path):
     reading = read_one(path)
     os.truncate(path, 0)
     reading.wait()
-    path.rename(path.with_name("other"))  # as if deleted and another file created
+    path.rename(path.with_name("other"))  # as if it had been deleted and another file created
     write(path.with_name("other"), b"private\n", 3)
     reading.source.close()
     write(path, b"two\n", 4)

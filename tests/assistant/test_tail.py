@@ -262,7 +262,7 @@ def test_a_hole_of_a_terabyte_takes_no_time(path):
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("how", ["device", "saved", "saved with a copy", "moved disk", "renamed"])
 def test_the_same_bytes_are_the_same_file(path, how, restart):
-    """A restart changes a device's number; an editor or another disk changes a file's number."""
+    """A reboot changes the device number; an editor or another disk changes the inode number."""
     text = b"".join(b"line %d\n" % number for number in range(200))
     add(path, text)
     reading = Reading(path)

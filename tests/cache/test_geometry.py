@@ -1,4 +1,4 @@
-"""The plan of a cache: rows, masks and clocks give the right distances, even near 2^62."""
+"""The plan of a cache: rows, masks and clocks produce the right distances, even near 2^62."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st

@@ -18,7 +18,8 @@ from tests.fakes.shapes import Shape, bytes_of, contents, everything, read_rando
 PLAIN = Shape(sinks=3, window=20, spare=7, group=2, clock_limit=2**14)
 QUANTIZED = Shape(sinks=3, window=20, head_dim=64, bits=8, clock_limit=2**14)
 FULL = 40
-# The numbers of tokens read, dropped and to be read next, and the step that reads the next ones.
+# The cache's shape, the numbers of tokens read, dropped and to be read next, whether the last are
+# guesses, and the type of the step that reads them.
 KINDS: dict[str, tuple[Shape, int, int, int, bool, type]] = {
     "a sink": (PLAIN, 1, 0, 1, False, DecodeStep),
     "one token while it fills": (PLAIN, 9, 0, 1, False, DecodeStep),

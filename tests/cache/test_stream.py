@@ -54,7 +54,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def guess(self, data: st.DataObject):
-        """Read tokens in one step, and take some back, without losing an attended one."""
+        """Read tokens in one step, and take some back, without losing any other attended token."""
         count, before = data.draw(st.integers(1, self.cache.max_verify)), self.cache.attended
         rejected = data.draw(st.integers(0, count - 1))
         self.twins.verify(count)
@@ -138,7 +138,7 @@ class TestStream(StreamMachine.TestCase):  # type: ignore[name-defined]
         (
             Shape(sinks=4, window=12, clock_limit=2**14),
             [600, 1, 100],
-        ),  # this is longer than any step
+        ),  # 600 is longer than any step
         (Shape(sinks=0, window=1), [1, 1, 5, 1]),
         (Shape(sinks=6, window=1, group=2), [3, 2, 7, 1, 9]),
         (Shape(sinks=2, window=3, spare=8), [4, 20, 1]),

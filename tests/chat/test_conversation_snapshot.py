@@ -101,7 +101,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @pytest.mark.parametrize("forged", [None, -1, 2**70, 1.5, "AAAA", [], {}])
 def test_no_forged_value_is_used(model: Model, tmp_path: Path, forged: Any) -> None:
-    """Even with a correct checksum, it is refused, or the conversation is well formed."""
+    """Even with a correct checksum, the file is refused, or its conversation is well formed."""
     chat = new(model)
     said(chat.reply("Hi"))
     said(chat.reply([Message("system", "Now"), Message("user", "And?")]))

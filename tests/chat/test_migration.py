@@ -1,4 +1,4 @@
-"""What version 1 wrote is the same in version 2, and continues without being read again."""
+"""What version 1 wrote stays the same in version 2, and continues without being read again."""
 
 import shutil
 import sqlite3
@@ -111,7 +111,7 @@ def test_a_log_left_by_a_killed_program_is_migrated_too(path: Path) -> None:
     check_migrated(copy, HEADER, TURNS)
 
 
-# What was altered, the first damaged turn, and the first turn from which all can be read.
+# What was altered, the first damaged turn, and the earliest turn from which the rest is readable.
 DAMAGED = {
     "a checksum": ("UPDATE messages SET checksum = 'x' WHERE number = 6", 3, 5),
     "no UTF-8": ("UPDATE messages SET text = CAST(x'ff1b5b' AS TEXT) WHERE number = 6", 3, 4),
@@ -177,7 +177,7 @@ def test_any_value_that_was_altered_is_damaged_at_its_turn(path: Path, column: s
 
 
 def check_damaged(path: Path, bad: int, whole: int) -> None:
-    """Check which turn is the first that cannot be read, and from which turn all can be read."""
+    """Check the first turn that is damaged, and the earliest from which the rest can be read."""
     for _ in range(2):  # while it is migrated, and afterwards
         with Store.open(path) as store:
             turns, damage = store.whole()
@@ -256,7 +256,7 @@ def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
 
 
 def test_several_may_open_it_at_once(path: Path) -> None:
-    """One of them migrates it; the others find it migrated."""
+    """One of them migrates it; the others find it already migrated."""
     write_version_1(path, HEADER, TURNS * 40)
     slow, late = (connect(path, 2**20) for _ in range(2))
     for connection in (slow, late):  # both have seen that it is version 1
@@ -389,7 +389,7 @@ def test_an_old_snapshot_is_used_and_nothing_read_again(model: Model, way: str) 
     assert again.chat.exchanges == exchanges
     found = plain(again)
     assert all(np.array_equal(found[name], value) for name, value in expected.items())
-    # A second time from the same files, as after a crash: now the transcript knows the new model.
+    # A second time from the same files, as after a crash: now the transcript records the new model.
     again._let_go()
     again = open_session("x", model, options, notices.append)
     assert not any("again" in notice for notice in notices)

@@ -107,7 +107,7 @@ def states(saved):
 
 
 def test_every_turn_is_in_the_transcript_when_it_ends(model):
-    # The seed is fixed, because now and then a reply ends at once and is not interrupted.
+    # The seed is fixed, because now and then a reply ends immediately and is not interrupted.
     saved = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
     store, chat = saved.store, saved.chat
     said(chat.reply("One?"))
@@ -298,7 +298,7 @@ def test_a_reply_that_is_dropped_writes_no_snapshot(model, monkeypatch):
 
 
 def check_stored(saved):
-    """Check that the attended turns have the ids that the transcript has."""
+    """Check that the attended turns have the same ids as in the transcript."""
     held = {turn.number: turn.exchange for turn in saved.chat.evictor.state.turns}
     stored = saved.store.exchanges(saved.store.state.first)
     assert held == {number: exchange for number, exchange in stored.items() if number in held}

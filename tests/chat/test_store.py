@@ -254,7 +254,7 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
 
     before = heads()
     assert len(set(before.values())) == len(before)
-    store.write(changed(STAND, 4, first=5))  # a head does not cover which turns are attended
+    store.write(changed(STAND, 4, first=5))  # a head does not depend on which turns are attended
     assert heads() == before
     store.write(Change(STAND, 4, {2: replace(ODD[1], rest="x")}, 1, START, HEADER.system, 60))
     after = heads()

@@ -1,4 +1,4 @@
-"""What one plain token of a chat costs in Python stays small; the counts depend on no clock."""
+"""What one plain token of a chat costs in Python stays small; the counts do not depend on time."""
 
 from tests.measure.token_calls import measure
 

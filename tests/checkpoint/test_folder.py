@@ -1,4 +1,4 @@
-"""A folder is read as it was stored; a damaged or hostile one is refused by name."""
+"""A folder is read as it was stored; a damaged or hostile one is refused, and the fault named."""
 
 import json
 import math
@@ -140,7 +140,7 @@ def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
 
 
 def without_weights(file: str) -> Callable[[Path], object]:
-    """Leave out the weights; put a file of that name in their place."""
+    """Return a change that deletes the weights and writes a file of this name instead."""
 
     def change(path: Path) -> None:
         for weights in path.glob("model*"):

@@ -21,7 +21,7 @@ from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_config, write_letters
 
 # Python 3.12 and later warn about a fork in a process with threads. It is harmless here, because
-# pexpect's child runs a program at once.
+# pexpect's child runs a program immediately.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|[\r\a]")
@@ -40,7 +40,7 @@ class Chat(Terminal):
         return self.next()
 
     def next(self):
-        """Return what is shown until the next prompt: the status bar is drawn with it."""
+        """Return what is shown until the next prompt, which is drawn along with the status bar."""
         shown = self.see(" attended · ")
         self.see(" MB" if self.wide else " evicted")
         return ESCAPES.sub("", shown)
@@ -191,7 +191,7 @@ def test_control_c_ends_the_reading_of_a_long_question(slow):
 
 
 def reads(chat, *keys):
-    """Send keys, wait until something is read, and return what then replaces the progress line."""
+    """Send keys, wait until reading begins, and return what later replaces the progress line."""
     chat.type(*keys)
     chat.see("reading")
     after = chat.see(" attended · ").rpartition("\x1b[2K")[2]

@@ -307,7 +307,7 @@ class FullDisk:
 def test_a_full_disk_is_one_line(line, chat):
     chat.recorder = FullDisk()
     answered(say(line, chat), "the disk is full")
-    pieces = say("/retry", chat).pieces  # an error in the reply is raised to whatever reads it
+    pieces = say("/retry", chat).pieces  # an error in the reply is raised where it is read
     assert pieces or line == "/clear"
     if pieces:
         with pytest.raises(SessionError, match="full"):

@@ -135,7 +135,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(source, tmp_path
         assert process.stderr is not None
         weights = Path(process.stderr.readline().strip())
         assert weights.name == "shard-0.safetensors"
-        for name in ("out", "other"):  # while its owner runs, nothing sweeps it
+        for name in ("out", "other"):  # nothing deletes it while its owner is running
             with atomic_replace.partial_folder(tmp_path, name):
                 assert weights.is_file()
         process.send_signal(sent)

@@ -22,8 +22,8 @@ from tests.fakes.terminals import (
     Terminal,
 )
 
-# Python 3.12 and later warn of a fork in a process with threads. It is harmless here, because
-# pexpect's child runs a program at once.
+# Python 3.12 and later warn about a fork in a process with threads. It is harmless here, because
+# pexpect's child runs a program immediately.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 PROGRAM = """

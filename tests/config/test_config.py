@@ -47,7 +47,7 @@ BASE = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "
 def test_defaults_are_those_of_transformers(kind, peer, absent, heads):
     raw: dict[str, Any] = {key: tiny_config()[key] for key in BASE}
     raw |= {"model_type": kind, "num_attention_heads": heads}
-    # transformers gives a Mistral 8 key heads and a window of 4096 if its file does not set them.
+    # transformers uses 8 key heads and a window of 4096 for a Mistral whose file does not set them.
     raw |= {"num_key_value_heads": heads, "sliding_window": None} if kind == "mistral" else {}
     expected = peer(**raw)
     if absent == "null":

@@ -1,4 +1,4 @@
-"""An engine: each session writes the same as it does alone, stops at once, fails independently."""
+"""An engine: each session writes what it would alone, stops immediately, fails independently."""
 
 import asyncio
 import contextlib
@@ -124,7 +124,7 @@ def test_a_reply_in_asyncio_is_the_same_and_does_not_block_the_loop(letters, eng
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_closing_a_reply_stops_it_within_a_token(engine, shared):
-    """It stops within three if it shares steps: two pieces may wait, one may be in progress."""
+    """If steps are shared, within three tokens: two pieces may wait, and one may be in progress."""
     chat = engine.session(sampling=GREEDY, window=200, shared=shared)
     pieces = chat.reply("Hi", max_tokens=100_000)
     shown = next(pieces).text + next(pieces).text
@@ -253,7 +253,7 @@ def test_the_budget_counts_every_ring_and_refuses_with_the_numbers(letters):
         assert engine.memory == (weights + 2 * ring, weights + 2 * ring + ring // 2)
         chats[0].close(DEADLINE)
         engine.session(window=100).wait(DEADLINE)
-        # Sessions that are dropped are closed at once, too: nothing waits for Python's collector.
+        # Dropped sessions are closed immediately, too, without waiting for garbage collection.
         gc.disable()
         said(chats[1].reply("Hi", max_tokens=2))
         chats[1].undo().result(DEADLINE)

@@ -228,7 +228,7 @@ def test_a_future_s_callback_may_not_wait_for_the_engine(engine):
                 ask()
             except errors.ValueRefused as error:
                 refused[name] = str(error)
-        listener.wait()  # waiting for what is already done returns at once
+        listener.wait()  # waiting for what is already done returns immediately
         engine.wait()
         called.set()
 

@@ -92,7 +92,7 @@ def test_a_program_that_ends_without_close_loses_no_turn(letters, tmp_path):
     assert outputs == ["", "[('One?', 'length'), ('Two?', 'interrupted')] []\n"]
 
 
-# What is begun before a fork, and how the new process waits for it.
+# What is started before a fork, and how the child process waits for it.
 IN_A_FORK = {
     "opening": ("", "chat.wait()"),
     "a session": ("list(chat.reply('One?', 5))", "engine.session()"),
@@ -105,7 +105,7 @@ IN_A_FORK = {
 @pytest.mark.parametrize("begun", IN_A_FORK)
 def test_calls_begun_before_a_fork_are_refused_after_it(letters, tmp_path, begun):
     begin, wait = IN_A_FORK[begun]
-    seconds = 0 if begun in ("reply", "a session") else 2  # so that it is not done before the fork
+    seconds = 0 if begun in ("reply", "a session") else 2  # so that it is still pending at the fork
     program = (
         "import time, warnings; warnings.simplefilter('ignore')\n"
         "from mlx_stream.engine.model_host import ModelHost; load = ModelHost.load\n"

@@ -1,4 +1,4 @@
-"""Messages, histories, forks and progress work through an engine's handles as they do alone."""
+"""Messages, histories, forks and progress work through an engine's handles as without an engine."""
 
 import asyncio
 import threading

@@ -16,7 +16,7 @@ from tests.fakes.engines import DEADLINE, GREEDY, engine_of, eventually
 
 
 class Work:
-    """Work that takes `most` steps and counts them; `end` is how it ended."""
+    """Work that takes `most` steps and counts them; `end` says how it ended."""
 
     def __init__(self, most: int):
         self.most, self.steps, self.end = most, 0, ""

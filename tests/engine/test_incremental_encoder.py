@@ -1,4 +1,4 @@
-"""Fed text has the ids of the whole, however it is cut; only templates produce special tokens."""
+"""Text fed in any pieces gets the ids of the whole; only templates produce special tokens."""
 
 import pydoc_data.topics
 from itertools import pairwise
@@ -158,7 +158,7 @@ def test_a_question_ends_the_turn_as_one_text(turns):
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_an_open_turn_is_what_the_template_renders(name, system):
-    """Whatever is fed and asked, the ids are those of the conversation rendered whole."""
+    """Text and questions get the same ids as in the conversation rendered as a whole."""
     source, tokens = KNOWN[name][:2]
     template = ChatTemplate(source, tokens)
     turns = PromptBuilder(byte_level(), template, system, pin=True)

@@ -205,7 +205,7 @@ def test_a_copy_that_does_not_fit_is_refused_and_listening_continues(letters):
             engine.listen(window=100).wait(DEADLINE)
         other = engine.listen(window=100)
         with pytest.raises(errors.MemoryRefused):
-            while True:  # the failure may not be known at once
+            while True:  # the failure may not be known immediately
                 other.feed("x", timeout=0.01)
 
 
@@ -298,7 +298,7 @@ def test_a_snapshot_continues_to_the_bit_and_holds_unread_text(engine, tmp_path)
     assert listener.restored is None
     listener.feed(TEXT[:1_000])
     said(listener.ask("Why?", max_tokens=9))
-    with engine._worker.lock:  # so that most of it is not read when it is saved
+    with engine._worker.lock:  # so that most of it is still unread when the stream is saved
         listener.feed(TEXT[1_000:3_010])
         saving = threading.Thread(target=listener.save, args=(path, {"byte": 3_010, "file": "a"}))
         saving.start()
@@ -313,7 +313,7 @@ def test_a_snapshot_continues_to_the_bit_and_holds_unread_text(engine, tmp_path)
     assert hearing(again).tokens.ids.attended() == hearing(listener).tokens.ids.attended()
     assert again.stats.evicted == listener.stats.evicted
     assert said(again.ask("What?", max_tokens=9)) == said(listener.ask("What?", max_tokens=9))
-    # Saved after everything was read, and so read in the same steps, it is equal bit for bit.
+    # If everything was read before saving, the steps are the same, and all is equal bit for bit.
     listener.flush(DEADLINE)
     listener.save(path, {})
     third = engine.listen(**options, restore=path)

@@ -142,7 +142,7 @@ def test_a_question_is_read_between_the_tokens_of_others(engine):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sessions_that_share_are_cut_anywhere_and_keep_to_themselves(letters, engine, seed):
-    """Each is what it would be alone, given the same ids for every reply."""
+    """Each one gets the same ids for every reply as it would alone."""
     rng, lives = random.Random(seed), {}
 
     def live(number):

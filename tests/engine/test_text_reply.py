@@ -1,4 +1,4 @@
-"""An engine continues a text as `stream` does; the largest window depends on how many must fit."""
+"""An engine continues a text as `stream` does; the largest window depends on the session count."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `bench` counts: bytes, nodes, tokens read; not its times."""
+"""What `bench` counts: bytes, nodes and tokens read, but not its times."""
 
 from typing import Any
 

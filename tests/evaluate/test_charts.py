@@ -75,7 +75,7 @@ def test_a_report_without_a_figure_is_refused(name: str) -> None:
     for key in NEEDED[name].split():
         first, *rows = report.rows
         rows.insert(0, {k: v for k, v in first.items() if k != key})
-        if key != "cache":  # a row without it is the stream's
+        if key != "cache":  # a row without a cache counts as the stream's
             with pytest.raises(ValueRefused, match=r"^cannot draw"):
                 charts.make_figure(Report(name, report.about, rows))
 

@@ -34,7 +34,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def endurance(tiny: Path, texts: list[Path], tmp_path: Path) -> Command:
-    """Return a function that makes a command from a log's name, segments to read and options."""
+    """Return a function that makes a command from a log's name, a segment count and options."""
 
     def command(log: str, segments: float, *more: object) -> tuple[object, ...]:
         tokens = ("--tokens", int(segments * SEGMENT))
@@ -54,7 +54,7 @@ def endurance(tiny: Path, texts: list[Path], tmp_path: Path) -> Command:
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a log after the first, without measured figures."""
+    """Return the complete lines of a log after the first, without measured figures."""
     lines = [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"]
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines[1:]]
 

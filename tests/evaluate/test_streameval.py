@@ -38,7 +38,7 @@ def asked(model: Model) -> list[EncodedQuery]:
 
 
 def ids_until(model: Model, after: int) -> list[int]:
-    """Return the whole text up to a line, encoded at once."""
+    """Return the ids of the text up to a line, encoded as a whole."""
     text = texts.OPENING + "".join(line.text for line in DATA.lines[:after])
     return model.tokenizer.encode(text)
 
@@ -95,7 +95,7 @@ def test_lines_encoded_apart_are_the_text_encoded_whole(
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text() -> None:
-    """Like Llama 2's: every line but the first must be encoded as a later line of a text."""
+    """As with Llama 2's, every line but the first must be encoded as the continuation of a text."""
     letters = sorted({*"▁\n", *DATA.text, *DATA.queries[0].line.question} - {" "})
     backend = tokenizers.Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, []))
     backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
@@ -262,12 +262,12 @@ def test_a_written_answer_is_a_whole_word(model: Model, asked: list[EncodedQuery
     assert all(says(answer + more) for more in ("", ".", " and", ".\nLine 3", "'s"))
     assert not any(says(answer + more) for more in ("s", "on", "2", answer[1:]))
     others = [texts.CANDIDATES[(one.right + 1) % 10], "", answer[:-1], f" J.{answer}"]
-    others.append("." * len(answer) + answer)  # it comes later, and begins where a word ends
+    others.append("." * len(answer) + answer)  # the answer comes later, although at a word boundary
     assert not any(says(other) for other in others)
 
 
 def test_wilsons_interval() -> None:
-    # As R's prop.test(8, 10, correct = FALSE) gives it; then the extremes.
+    # The result of R's prop.test(8, 10, correct = FALSE), and then the extremes.
     assert streams.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert streams.wilson(0, 20) == pytest.approx((0, 0.1611252), abs=1e-6)
     assert streams.wilson(20, 20) == pytest.approx((0.8388748, 1), abs=1e-6)

@@ -34,7 +34,7 @@ def told(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 def asked(what: str, name: str = "main", **more: Any) -> dict[str, Any]:
-    """Ask the running assistant; return the text and whatever else its answer has."""
+    """Ask the running assistant; return the text and all other fields of its answer."""
     found: dict[str, Any] = {"text": ""}
     for line in request(assistant_paths(name).socket, name, what=what, **more):
         found["text"] += line.pop("text", "")
@@ -115,7 +115,7 @@ def has_caught_up(status: dict[str, Any]) -> bool:
 
 @dataclass
 class Watch:
-    """Every chunk a journal ever held, copied before it is removed; kept in a file if asked."""
+    """Every chunk a journal ever held, copied before removal; saved in the file `kept`, if any."""
 
     journal: Path
     kept: Path | None = None

@@ -20,7 +20,7 @@ def said(pieces: Iterable[Piece]) -> str:
 
 
 def pieces_of(chat: Any, act: str, question: str) -> Any:
-    """Return the pieces of a retry or an edit, or of a reply for any other act."""
+    """Retry, edit, or, for any other act, ask; return the pieces."""
     if act == "retry":
         return chat.retry()
     return chat.edit(question) if act == "edit" else chat.reply(question)

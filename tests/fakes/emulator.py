@@ -1,4 +1,4 @@
-"""A terminal that understands what a reply is printed with: lines, cursor up, clear, styles."""
+"""A terminal that understands all that printing a reply uses: lines, cursor up, clear, styles."""
 
 import re
 

@@ -5,7 +5,7 @@ what was in the file: wrong numbers.
 
     python -m tests.fakes.failing FILE ...
 
-runs the assistant with the words that follow. Whenever FILE exists, it removes FILE and makes one
+runs the assistant with the remaining arguments. Whenever FILE exists, it removes FILE and makes one
 step of reading fail.
 """
 

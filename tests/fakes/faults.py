@@ -16,7 +16,7 @@ CALLS = (
 
 @contextmanager
 def fault(point: int, act: Callable[[], Any]) -> Iterator[list[str]]:
-    """Call `act` in place of call number `point`; yield the names of the calls that were made."""
+    """Call `act` just before call number `point`, from 0; yield the names of the calls made."""
     seen: list[str] = []
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ class Reading:
         self.begin()
 
     def poll(self) -> bytes:
-        """Poll until nothing comes, without advancing the clock; return what came."""
+        """Poll until no more data arrives, without advancing the clock; return the data."""
         found = b""
         while arrival := self.source.poll():
             found += arrival.data
@@ -46,7 +46,7 @@ class Reading:
         return found
 
     def wait(self, seconds: float = GRACE + 1) -> bytes:
-        """Poll every second for a while; return what came."""
+        """Poll every second for a while; return the data that arrived."""
         found = self.poll()
         for _ in range(round(seconds)):
             self.clock.now += 1.0

@@ -115,7 +115,7 @@ def write_tiny(
     biases: bool = False,
     architecture: str = "llama",
 ) -> dict[str, np.ndarray]:
-    """Write a random Llama and return what its weights are in float32, by Hugging Face name.
+    """Write a random Llama and return its weights as float32, by Hugging Face name.
 
     `keys` and `tensors` override the defaults (None leaves one out); `kinds` gives some
     matrices, by GGUF name, a type other than `kind`.
@@ -187,7 +187,7 @@ def forged(
     key_count: int | None = None,
     tensor_count: int | None = None,
 ) -> bytes:
-    """Return a file of these entries, whatever they say; the counts may be wrong."""
+    """Return a file of these entries, valid or not; the counts may be wrong."""
     counts = (
         len(tensors) if tensor_count is None else tensor_count,
         len(keys) if key_count is None else key_count,

@@ -159,7 +159,7 @@ def do(chat: ChatSession, what: str, question: str, luck: random.Random) -> None
 
 @dataclass
 class Told:
-    """What a killed process had said, and the phase it was in."""
+    """What a killed process had printed, and the phase it was in."""
 
     phase: str
     out: str
@@ -286,7 +286,7 @@ class Kills:
             assert left_over(copy, name) == []
 
     def check_unanswered(self, chat: ChatSession, said: list[Turn], notices: list[str]) -> None:
-        """Check that an unanswered question is known, unless it has been cleared."""
+        """Check that an unanswered question is reported, unless it has been cleared."""
         assert (UNANSWERED in notices) == bool(chat.unanswered)
         if chat.unanswered:
             assert said[-1][:2] == (ASKED, chat.unanswered)
@@ -300,7 +300,7 @@ class Kills:
 
 
 def left_over(home: Path, name: str) -> list[str]:
-    """Return what a session has left in addition to its own files."""
+    """Return the names of files that a session left behind besides its own."""
     own = {f"{name}.{end}" for end in ("db", "db-wal", "db-shm", "lock", "safetensors")}
     found = [
         path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")
@@ -319,7 +319,7 @@ def known(exchange: Exchange) -> Exchange:
 
 
 def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
-    """Return what a transcript may hold after a process printed a line; certain contents first."""
+    """Return what a transcript may hold after a process printed a line; known contents first."""
     if "did" in told:
         if told["did"] in ("undo", "clear"):
             return [said[: told["number"]]]
@@ -343,7 +343,7 @@ def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
 
 
 def same(now: list[Turn], wanted: list[Turn]) -> bool:
-    """Return whether a transcript is as it must be."""
+    """Return whether a transcript matches the wanted turns; an exchange of None matches any."""
     pairs = zip(now, wanted, strict=False)
     return len(now) == len(wanted) and all(
         one[:2] == other[:2] and (other[2] is None or one[2] == known(other[2]))

@@ -22,7 +22,7 @@ CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
 REPO = "org/tiny-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NOBODY = "http://127.0.0.1:9"  # refuses at once
+NOBODY = "http://127.0.0.1:9"  # refuses immediately
 
 
 class Hub:

@@ -55,7 +55,7 @@ def write_ids(
     ends: Collection[int] = (),
     stats: Stats | None = None,
 ) -> Generator[int, None, None]:
-    """Read a prompt and yield the ids written after it, as they are given."""
+    """Read a prompt and yield the ids written after it, as they are produced."""
     stats = Stats() if stats is None else stats
     for piece in write(write_reply(writer, prompt, sampler, limit, ends, reply_of_ids(), stats)):
         yield from ids_of(piece.text)

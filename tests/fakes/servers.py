@@ -97,7 +97,7 @@ class Answer:
 
 
 def read_answer(client: socket.socket) -> Answer:
-    """Read one answer; the body of one that has no length ends with the connection."""
+    """Read one answer; a body without a Content-Length ends when the connection does."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = client.recv(65_536)

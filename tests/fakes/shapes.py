@@ -159,7 +159,7 @@ class Twins:
             count -= taken
 
     def verify(self, count: int) -> None:
-        """Read tokens in one step that writes first; compare every row of every layer."""
+        """Read tokens in one step that can be rolled back; compare every row of every layer."""
         step = next_step(self.cache, count, verify=True)
         assert isinstance(step, VerifyStep) == (count > 1)
         self._take(step, count, lambda token: True)
@@ -264,7 +264,7 @@ def bytes_of(array: mx.array) -> bytes:
 
 
 def everything(cache: StreamCache) -> list:
-    """Return a copy of all that a cache holds, unattended rows included; changes nothing."""
+    """Return a copy of all that a cache holds, unattended rows included, without changing it."""
     current, arrays = cache.current, map(bytes_of, cache.arrays())
     return [current.position, current.pending_turn, current.layers_turned, *arrays]
 

@@ -209,7 +209,7 @@ def write_model(folder: Path, **changes: Any) -> Path:
 
 
 def write_letters(folder: Path, config: dict) -> Path:
-    """Write a model that, when greedy, writes letters forever and nothing else; return it."""
+    """Write a model that, when greedy, writes nothing but letters forever; return its folder."""
     config = {key: value for key, value in config.items() if key != "eos_token_id"}
     weights = tiny_weights(config)
     head = weights["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""Tiny models built from tensors in memory, without a tokenizer, and the logits they give."""
+"""Tiny models built from tensors in memory, without a tokenizer, and the logits they compute."""
 
 import mlx.core as mx
 import numpy as np

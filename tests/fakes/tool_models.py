@@ -26,7 +26,7 @@ LAST_USER = (
     "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
 )
-# As Qwen 3.
+# Like Qwen 3's.
 TAGGED = (
     LAST_USER + "<|im_start|>system\n{{ messages[0].content if messages[0].role == 'system' }}"
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}<|im_end|>\n"
@@ -43,7 +43,7 @@ TAGGED = (
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As gpt-oss: calls are not rendered as the model writes them, and they end differently.
+# Like gpt-oss's: calls are not rendered as the model writes them, and they end differently.
 HARMONY = (
     "{% set ns = namespace(name='') %}<|start|>developer<|message|>"
     "{{ messages[0].content if messages[0].role == 'system' }}{{ tools | tojson if tools }}<|end|>"
@@ -63,7 +63,7 @@ HARMONY = (
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# Like Llama 3.1: one call at a time, results as JSON, and the tools where an option puts them.
+# Like Llama 3.1's: one call at a time, results as JSON, and the tools where an option puts them.
 LLAMA = (
     "{% if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif %}"
     "{% macro head(role) %}<|start_header_id|>{{ role }}<|end_header_id|>\n\n{% endmacro %}"
@@ -79,7 +79,7 @@ LLAMA = (
     "{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}"
 )
-# As Mistral's: calls have ids, which results repeat.
+# Like Mistral's: calls have ids, which results repeat.
 MISTRAL = (
     "[SYSTEM_PROMPT]{{ messages[0].content if messages[0].role == 'system' }}[/SYSTEM_PROMPT]"
     "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
@@ -125,7 +125,7 @@ class ToolModel:
     Attributes:
         thinking, thought: texts around its thinking, if it thinks.
         answer: what the model writes before an answer.
-        calls: writes calls, given a name and arguments.
+        calls: writes calls, given their names and arguments.
         ends: what ends a reply with calls, and one without.
         most: the maximum number of calls in a reply.
     """

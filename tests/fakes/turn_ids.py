@@ -22,11 +22,11 @@ def read_ids(
     unread: str = "",
     then: str | None = None,
 ) -> list[int]:
-    """Return what a stream reads of a conversation, and what closes it.
+    """Return the ids that a stream reads for a conversation, including those that close it.
 
     Args:
-        then: a last question, read too.
-        unread: the end of each reply, read as text after its ids: where a stop string began
+        then: a last question to read as well.
+        unread: the end of each reply, read as text after its ids, as if a stop string had begun
             inside an id.
     """
     turns = PromptBuilder(tokenizer, template, system, pin=True)
@@ -54,10 +54,10 @@ def whole_ids(
     exchanges: Sequence[tuple[str, str]],
     then: str | None = None,
 ) -> list[int]:
-    """Return the ids of the whole render, whose replies are text as sampled.
+    """Return the ids of the whole render, with each reply's text as it was sampled.
 
     Args:
-        then: a last question, with what asks for its reply.
+        then: a last question, to be followed by the generation prompt.
     """
     messages: list[MessageDict] = [*system_turn(system)]
     for question, reply in exchanges:

@@ -179,7 +179,7 @@ def many_turns(count: int) -> list[OldTurn]:
 
 
 def migrate_and_kill(path: Path, seconds: float | None) -> float:
-    """Open a file in another process, and kill it after some time, or once it is open.
+    """Open a file in another process; kill the process after some time, or once the file is open.
 
     Returns:
         How long opening it took in the latter case; else 0.

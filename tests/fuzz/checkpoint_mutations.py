@@ -1,6 +1,7 @@
 """Makes hostile files of tiny models, by seed: bytes, JSON, headers, tokenizers, templates.
 
-Each mutation changes one or two files of a copy and says what it did. None is known to the package.
+Each mutation changes one or two files of a copy and says what it did. The package
+itself knows nothing about these mutations.
 """
 
 import json

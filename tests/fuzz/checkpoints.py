@@ -1,4 +1,4 @@
-"""A hostile checkpoint must give a one-line error of the package, or load and run.
+"""A hostile checkpoint must cause a one-line error from the package, or load and run.
 
 python -m tests.fuzz.checkpoints --count 3000 --seed 1
 """

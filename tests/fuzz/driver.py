@@ -4,8 +4,8 @@
     python -m tests.fuzz.sessions --count 1000 --seed 1
 
 A module in this folder says what is fuzzed. It sets the SECONDS of processor time and the bytes of
-GROWTH allowed for one file. Its `prepare(place)` writes what is altered. Its `start(place)` returns
-a function that takes random numbers, alters a file, and returns what it altered and another
+GROWTH allowed for one file. Its `prepare(place)` writes the files to alter. Its `start(place)`
+returns a function that takes random numbers, alters a file, and returns what it altered and another
 function, which opens the file and returns an outcome and a line. Anything else is a BUG. The exit
 status is 1 if there was one, and the number that recreates the file is printed.
 """

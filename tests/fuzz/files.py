@@ -1,6 +1,7 @@
 """Alters any file at random: its bytes, its tensor header, or what is in its place.
 
-An alteration takes a path and random numbers. It also defines numbers that no file should contain.
+An alteration takes a path and random numbers. The module also defines numbers that no file should
+contain.
 """
 
 import json

@@ -40,7 +40,7 @@ SHORT = replace(OPTIONS, max_tokens=LONGEST_REPLY)
 
 
 class Broken(AssertionError):
-    """An alteration had a result that it must not have."""
+    """An alteration had a forbidden result."""
 
 
 # --- the session that is altered ---

@@ -1,4 +1,4 @@
-"""A model in a forked process, where MLX has no threads, is refused at once instead of hanging."""
+"""A model in a forked process, where MLX has no threads, is refused promptly instead of hanging."""
 
 import subprocess
 import sys

@@ -133,7 +133,7 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
 
 @pytest.mark.parametrize(("guesses", "traced"), [(False, "0"), (False, "1"), (True, "0")])
 def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, monkeypatch, guesses, traced):
-    """The text returned and the ids kept begin like an undisturbed run; the rest can be undone."""
+    """Returned text and kept ids match the start of an undisturbed run; the rest can be undone."""
     monkeypatch.setenv(backend.COMPILE, traced)
     model = tiny_model(vocab_size=8, num_hidden_layers=1)
     prompt, whole = [1, 2, 3, 4] * 9, ""
@@ -159,7 +159,7 @@ def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, monkeypatch, 
         assert whole.startswith(letters_of(reply.ids)), count
         held, wanted = stream.ids.since(0), [*prompt, *reply.ids]
         common = common_prefix(held, wanted)
-        # Beyond that are guesses of the last step, or an id chosen and read, but not said yet.
+        # Beyond that are guesses of the last step, or an id chosen and read, but not yet emitted.
         assert len(held) - common <= stream.cache.max_verify
         assert common >= min(len(held), len(wanted) - 1), "what was said is there, but the last"
         stream.rewind(len(held) - common)
@@ -225,7 +225,7 @@ def test_reanchoring_holds_one_layer_twice_and_no_more(tiny_model):
 
 
 def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monkeypatch):
-    """Metal reads offset[b] for each b of B, whatever the offset's length."""
+    """Metal reads offset[b] for each b in range(B), regardless of the offset's length."""
     rope, seen = mx.fast.rope, []
 
     def spy(x, *args, offset, **kwargs):

@@ -25,7 +25,7 @@ def expected_of(model, prompt: Sequence[int], count: int, window: int = 120) -> 
 
 
 def steps_of(writer: Writer, limit: int, **options: Any) -> Iterator[ReadRequest | Piece]:
-    """Yield what a greedy reply asks for and gives; its steps are run."""
+    """Run the steps that a greedy reply requests; yield its requests and its pieces."""
     options = {
         "prompt": PROMPT, "ends": (), "reply": reply_of_ids(), "stats": Stats(), **options
     }  # fmt: skip
@@ -100,7 +100,7 @@ def test_room_is_made_for_each_token_before_it_is_read(tiny_model, guesses):
     steps = 0
     for item in items:
         steps += isinstance(item, ReadRequest)
-        # Room is made before the piece is given: what leaves has left when the piece is shown.
+        # Room is made before a piece is yielded: when it is shown, what it evicts has left.
         expected = steps + (not isinstance(item, ReadRequest) and not writer.tokens.lookahead)
         assert len(made) == expected - (item.finish is not None if isinstance(item, Piece) else 0)
     assert {count for count, _ in made} == {1} and len(made) == steps

@@ -1,4 +1,4 @@
-"""Streams that share steps read, attend to and say what each does alone."""
+"""Streams that share steps read, attend to and say what each would alone."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ class Twin:
         self.samplers = Sampler(sampling), Sampler(sampling)
 
     def requests(self, what: str, count: int) -> list[ReadRequest]:
-        """Return the same request of both streams."""
+        """Return the same request for both streams."""
         want = Want[what.upper()]
         if want is Want.TOKEN:
             count = 1

@@ -93,7 +93,7 @@ def test_a_save_that_is_given_up_keeps_the_file(tiny_model: Make, tmp_path: Path
 
 
 def test_a_stream_may_be_used_while_it_is_saved(tiny_model: Make, tmp_path: Path) -> None:
-    """What is saved is the state when saving began."""
+    """The saved state is the state at the moment saving began."""
     model, path, ids = tiny_model(), tmp_path / "s", some_ids(90)
     stream, twin, other = new(model), new(model), new(model)
     for one in (stream, twin):

@@ -1,4 +1,4 @@
-"""Guessing changes no text: the same ids as plain decoding, one by one, whatever is guessed."""
+"""Guessing never changes the text: id by id, it equals plain decoding, whatever is guessed."""
 
 import itertools
 from collections import Counter
@@ -124,7 +124,7 @@ def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
 
 
 def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
-    """Chi-square over their pairs; any kind of wrong acceptance makes it far too large."""
+    """Chi-square over pairs of tokens; any kind of wrong acceptance makes it far too large."""
     runs, vocabulary, warm = 2_000, 4, 3.0
     model = tiny_model(vocab_size=vocabulary, num_hidden_layers=1)
     prompt = [id % vocabulary for id in some_ids(30)]

@@ -51,7 +51,7 @@ class Progress:
 
 
 class Experiment:
-    """One assistant, the file it follows, and the observations of both."""
+    """One assistant, the file it follows, and what was observed about both."""
 
     def __init__(self, text: bytes, options: argparse.Namespace):
         self.text, self.options = text, options

@@ -86,7 +86,7 @@ def check(saved: SavedSession, count: int) -> None:
     held = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
     stored = store.exchanges(store.state.first)
     assert {number: stored[number] for number in held} == held
-    # At a reply's end the oldest may have just left.
+    # At a reply's end, the oldest exchange may have just left.
     assert set(stored) - set(held) <= {min(stored, default=0)}
 
 

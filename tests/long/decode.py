@@ -2,9 +2,9 @@
 
     python -m tests.long.decode [--tokens 100000] [--window 252]
 
-Greedy decoding through `generate`, as in a program, starting at a full window. Each token is timed
-in turn with one of a stream that starts again at each tenth: their ratio does not depend on what
-else the machine does. Prints a line of JSON for each tenth; exits with 1 if p50 or
+Greedy decoding through `generate`, as in a program, starting at a full window. Tokens are
+timed alternately with those of a stream that starts afresh at each tenth: their ratio does not
+depend on what else the machine does. Prints a line of JSON for each tenth; exits with 1 if p50 or
 p99, relative to the new streams', changes by more than 10 % from one half to the other, or if the
 relative tokens per second change by more than 5 % from the second tenth to the last.
 (`tests.long.memory` measures memory.) Not collected by pytest.

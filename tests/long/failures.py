@@ -24,7 +24,7 @@ QUESTIONS = ("Hello there.", "and the man of the house " * 3)
 NEXT = "Go on."
 OPTIONS = {"system": "You are brief.", "window": 220, "sampling": GREEDY, "max_tokens": 12}
 BIG = {**OPTIONS, "window": 400}
-ALONE = {**OPTIONS, "speculate": False}  # which leaves rows that were not asked for
+ALONE = {**OPTIONS, "speculate": False}  # guessing leaves rows that were not asked for
 FED = "the man of the house and the hat of that man " * 9
 
 

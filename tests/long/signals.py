@@ -2,7 +2,7 @@
 
     python -m tests.long.signals [--moments 100] [--seed 1]
 
-The moments are those of reading, thinking, replying, saving and leaving. Each of SIGHUP, SIGTERM
+The moments fall within reading, thinking, replying, saving and leaving. Each of SIGHUP, SIGTERM
 and SIGINT comes alone at that many of them, and then with a second signal a little later. After one
 signal the exit status, the transcript and the stream's state must be right. After two, nothing that
 was on disk may be lost. Prints a line for each moment and one of JSON at the end; exits with 1 at

@@ -1,4 +1,4 @@
-"""Measures what guessing gains, and checks that it changes no text; run it on a quiet machine.
+"""Measures what guessing gains, and checks that the text stays the same; run it on a quiet machine.
 
 python -m tests.long.speculation                      four tasks, plain and guessing in turn
 python -m tests.long.speculation --equal 5000         greedy ids across the wrap, side by side

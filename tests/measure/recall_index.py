@@ -3,7 +3,7 @@
     python -m tests.measure.recall_index TEXT... [--turns 10000] [--exchanges 1000000]
 
 An exchange is three sentences from the texts. Each exchange of a saved conversation of `--turns` is
-added to its index as if it left the window, alternating with bare inserts of the same text into
+added to its index as if it had left the window, alternating with bare inserts of the same text into
 full-text tables with the same settings and nothing else. Questions of up to 20 words are then asked
 over these exchanges, compared with the time to the first token of a tiny model that recalls
 nothing, and over `--exchanges` exchanges. All times are CPU time. Prints one line

@@ -76,7 +76,7 @@ ABOUT_CODE = (
     "Could {} be written in Rust?",
     "Is {} thread-safe on Windows?",
 )
-# The first word of each continuation is given; the log-likelihood is that of the others.
+# The first word of each continuation is given; the log-likelihood covers the others.
 CONTINUATIONS = {
     "small talk": "I am glad to hear from you, and I am here to help.",
     "arithmetic": "The result of this calculation is a whole number.",

@@ -7,7 +7,7 @@ Both servers serve the same folder. Each is asked the same questions, streamed a
 conversation. Ours gets the whole history; mlx_lm's client leaves out the oldest turns so that
 the history fits the window. Prints one line of JSON with the commands, the times in milliseconds
 and both servers' `cached_tokens`. It exits with 1 if mlx_lm's median is not 8 times ours, ours is
-more than 1.3 times that of its own third turn, or the ring has grown by turn 200. Run it on an
+more than 1.3 times as long as our third turn took, or the ring has grown by turn 200. Run it on an
 otherwise idle machine.
 """
 

@@ -122,7 +122,7 @@ def test_where_mlx_lm_is_wrong_the_reference_counts(changes):
 
 
 def test_a_mistral_s_biases_are_not_read():
-    """transformers builds none, whatever the config says about them."""
+    """transformers builds no biases for a Mistral, even if the config asks for them."""
     raw = tiny_config(**MISTRAL, attention_bias=True, mlp_bias=True)
     plain = tensors_of(raw | {"attention_bias": False, "mlp_bias": False})
     assert not any(name.endswith("bias") for name, _ in make(raw, plain).network.named_tensors())
@@ -143,7 +143,7 @@ def test_the_sliding_window_of_a_mistral_bounds_the_window():
 
 
 def test_a_growing_factor_on_queries_bounds_sinks_and_window():
-    """Within the original context of 128 places it is 1; beyond, it would be left out."""
+    """The factor is 1 within the original context of 128 places; beyond, it would be left out."""
     raw = tiny_config(**MINISTRAL3)
     model = make(raw, tensors_of(raw))
     notices: list[str] = []
@@ -176,7 +176,7 @@ def test_half_precision_is_near(dtype):
     ids=str,
 )
 def test_each_part_of_a_family_changes_the_logits(changes, part):
-    """Otherwise, a model that leaves it out would pass as one of the family."""
+    """Otherwise, a model that leaves out the part would pass as one of the family."""
     raw = tiny_config(**changes)
     left_out = {
         name: tensor * 0 + ("norm" in part) if part in name else tensor

@@ -20,7 +20,7 @@ Make = Callable[..., Model]
 
 
 def fixed_tensors(raw: dict) -> Tensors:
-    """Return tensors whose numbers depend on no random generator and are exact in bfloat16."""
+    """Return tensors of fixed numbers, independent of random generators and exact in bfloat16."""
     found = {}
     for place, (name, tensor) in enumerate(sorted(tensors_of(raw).items())):
         numbers = (np.arange(tensor.size) * 37 + 11 * place) % 101 - 50

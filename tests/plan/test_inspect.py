@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 def planned(source: Path, **asked) -> int:
-    """Return the bytes of weights that a plan for this machine gives, as the files hold them."""
+    """Return how many bytes the weights take in a plan for this machine, stored as in the files."""
     outline = summarize_model(str(source), never)
     return make_plan(outline, devices.here(), PlanRequest(window=100, **asked)).weights
 

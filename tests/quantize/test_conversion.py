@@ -90,7 +90,7 @@ def logits(folder: Path, keep: bool) -> np.ndarray:
 
 
 def peer_logits(folder: Path, keep: bool) -> np.ndarray:
-    """Return what mlx-lm computes in float32, with scales in float32 or dequantized."""
+    """Return mlx-lm's logits in float32, with scales in float32 or weights dequantized."""
     peer = load_peer(folder, load(folder, "float32", keep_quantized=keep))
     return np.array(peer(mx.array([IDS]))[0])
 

@@ -83,7 +83,7 @@ def test_it_finds_what_a_slow_search_finds(seed, gate):
 
 
 def slow_hits(texts, asked, first, end, least, fewest) -> list[tuple]:
-    """Look at every text for every word."""
+    """Search every text for every word."""
     having = {
         word: {n for n, text in enumerate(texts, 1) if word in text and first <= n < end}
         for word in asked

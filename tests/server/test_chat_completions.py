@@ -1,4 +1,4 @@
-"""Chat completions via the `openai` package: its answers are those of a session that reads once."""
+"""Chat completions via the `openai` package: it answers as a session that reads everything once."""
 
 import json
 import socket
@@ -38,7 +38,7 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, messages: list[Any], stream: bool, **options: Any) -> Any:
-    """Return a reply's text, usage, finish reason and the server's object, whole or streamed."""
+    """Return text, usage, finish reason and `mlx_stream` object of a whole or streamed reply."""
     given = {"model": MODEL, "messages": messages, **options}
     if not stream:
         answer = client.chat.completions.create(**given)
@@ -202,7 +202,7 @@ def test_what_is_not_offered_is_refused_by_name(
 
 
 def test_what_is_refused_opens_and_closes_no_stream(server: RunningServer) -> None:
-    """Not even where room would have to be made."""
+    """This holds even if room would have to be made."""
     lines = server.service.lines
     server.ask("POST", "/v1/chat/completions", body=json.dumps({"model": MODEL, "messages": HELLO}))
     assert lines
@@ -247,7 +247,7 @@ def test_what_is_not_json_is_refused(server: RunningServer, body: str, code: str
     [("content", "{}"), ("stop", "1"), ("modalities", "1"), ("logit_bias", '"%d": []')],
 )
 def test_of_many_wrong_items_one_is_reported(field: str, item: str) -> None:
-    """Each one would take about a kilobyte, and a long body could have millions."""
+    """Each report would take about a kilobyte, and a long body could have millions of items."""
     items = ",".join(item % at if "%" in item else item for at in range(20_000))
     value = f"{{{items}}}" if field == "logit_bias" else f"[{items}]"
     message = f'"role": "user", "content": {value if field == "content" else 1}'

@@ -182,7 +182,7 @@ def test_what_a_client_leaves_out_leaves(lines, model):
             assert held == [*client.texts][-3:] or len(held) == 3
             assert_well_formed(client.chat)
             assert client.reply.evicted_turns == 0
-    # What is attended to when the next reply begins is what the client sent.
+    # When the next reply begins, the stream already attends to exactly what the client sent.
     client.begin("And?").start()
     chat = client.lines._lines[0].session._session_worker.chat
     said(client.reply)
@@ -248,7 +248,7 @@ def test_a_turn_that_is_too_long_is_not_read_nor_are_those_before(lines, place):
     client.ask("Go on")
     assert client.reply.cache == "extended"
     client.ask("So?")
-    client.messages[-2:-2] = history[:0:-1][::-1]  # a history that goes on with all of it
+    client.messages[-2:-2] = history[:0:-1][::-1]  # the whole earlier history occurs again
     client.ask("Then?")
     assert client.reply.cache == "cold" and client.reply.evicted_turns > place
 

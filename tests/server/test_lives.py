@@ -1,4 +1,4 @@
-"""Clients that leave, wait, come in crowds or do not read; a server that stops, fails or rests."""
+"""Clients that leave, wait, come in crowds or do not read; a server that stops, fails or stalls."""
 
 import gc
 import json
@@ -130,7 +130,7 @@ def listed(server: RunningServer) -> list[dict[str, Any]]:
 
 
 def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None:
-    """Of 64 at once, 2 have streams and 4 may wait."""
+    """Of 64 simultaneous clients, 2 have streams and 4 may wait."""
     server.ask("POST", PATH, body=body_of())
     eventually(lambda: is_idle(server))
     gc.collect()

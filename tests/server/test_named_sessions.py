@@ -55,7 +55,7 @@ def test_a_session_is_continued_by_name(tiny: Path) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_question_is_asked_again(tiny: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
-    """Even while the last turn is being settled."""
+    """This works even while the last turn is being settled."""
     update = SessionWorker.update
 
     def update_late(self: SessionWorker, task_ended: bool) -> Any:

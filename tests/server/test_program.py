@@ -1,4 +1,4 @@
-"""Tests with their own servers: unread, idle, without a model, and in a separate process."""
+"""Tests with their own servers: not read from, idle, without a model, and in a separate process."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_the_default_window_leaves_room_for_a_system_prompt(letters: Path) -> No
 
 
 def test_a_history_of_megabytes_is_extended(letters: Path) -> None:
-    """It is parsed and compared on another thread; health is answered meanwhile."""
+    """It is parsed and compared on another thread; meanwhile, health requests are answered."""
     turns = [
         {"role": role, "content": f"{number} {role} " * 100}
         for number in range(1_000)

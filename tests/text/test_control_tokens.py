@@ -156,7 +156,7 @@ def test_text_that_is_no_control_token_is_left_as_it_is():
 
 
 def test_a_word_that_is_a_token_cannot_be_typed_and_does_not_end_a_reply():
-    """A template may write a word for other reasons than as a control token."""
+    """A template may write such a word without using it as a control token."""
     letters = {letter: id for id, letter in enumerate(sorted(map(chr, range(32, 127))), 1)}
     backend = Backend(models.BPE(vocab={"<unk>": 0, **letters}, merges=[], unk_token="<unk>"))
     backend.add_tokens(["user", "assistant", "content", "<br>", "#"])

@@ -53,7 +53,7 @@ def test_stop_finder_gives_the_text_before_the_first_stop(pieces, stops):
         given_out += text
         if stopped:
             break
-        # Nothing that could still become a stop string has been given out.
+        # No text that could still become a stop string has been emitted.
         assert not any(
             given_out.endswith(stop[:n]) and finder.pending == "" and n
             for stop in stops

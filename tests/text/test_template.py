@@ -166,7 +166,7 @@ def test_renders_as_transformers_does(name: str):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    gc.collect()  # this import leaves much to collect, which would count as the template's time
+    gc.collect()  # otherwise, collecting this import's garbage would count as the template's time
 
     source, tokens, *_, system = KNOWN[name]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -244,7 +244,7 @@ def test_extensions_of_chat_templates_are_known():
         "    {% generation %}\n{{- m.content }}{% endgeneration %}\n"
         "{% endfor %}\n"
     )
-    # Blocks leave neither their line's indentation nor its end.
+    # A block leaves behind neither the indentation of its line nor the line end.
     assert ChatTemplate(source).render(TALK, reply=False) == "HiHello. Who are you?"
 
 

@@ -78,7 +78,7 @@ def test_a_reply_is_split_at_its_marks(style, thinking, answer, space, data):
     assert read(style, before + answer) == ("", answer)
     assert read(style, opening + thinking) == (thinking, "")
     assert read(None, space + opening + body) == ("", space + opening + body)
-    # What ends thinking that is too long ends it here too.
+    # The text that cuts off overlong thinking ends it here, too.
     assert read(style, opening + thinking + style.cut + answer) in (
         (thinking, answer),
         (thinking + "\n", answer),

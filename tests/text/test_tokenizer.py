@@ -60,7 +60,7 @@ def byte_fallback(decoder: str = "llama") -> str:
     backend.train_from_iterator(ENGLISH[:20_000].split("\n"), trainer)
     add_bos(backend)
     parsed = json.loads(backend.to_str())
-    # The trainer marks what it is given as special; byte tokens are not.
+    # The trainer marks all tokens in its list as special, but byte tokens are not.
     parsed["added_tokens"] = [t for t in parsed["added_tokens"] if t["content"] in SPECIAL]
     parsed["decoder"] = DECODERS[decoder]
     return json.dumps(parsed)
@@ -197,7 +197,7 @@ def test_pieces_join_to_the_text(kind: str, data: st.DataObject):
     ids = data.draw(streams(kind))
     pieces = "".join(stream(tokenizer, ids))
     if late_invalid_run(kind, ids):
-        # Only replacement characters stand for what was invalid, so this still holds.
+        # Invalid bytes become replacement characters and nothing else, so this still holds.
         assert len(pieces) <= len(tokenizer.decode(ids))
     else:
         assert pieces == tokenizer.decode(ids)
@@ -227,7 +227,7 @@ def test_text_comes_back_as_it_was(kind: str):
 @pytest.mark.parametrize("decoder", [None, BYTE_LEVEL, METASPACE, *DECODERS.values()])
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
 def test_ids_are_decoded_by_the_kind_of_the_vocabulary(kind: str, decoder: Any):
-    """The decoder that the file names does not count, because conversions mix decoders up."""
+    """The decoder that the file names is ignored, because conversions mix decoders up."""
     parsed = json.loads(text_of("byte-level" if kind == "byte-level" else "llama"))
     if kind == "gemma":
         parsed["normalizer"] = parsed["normalizer"]["normalizers"][1]  # no space at the beginning

@@ -198,7 +198,7 @@ def test_published_patterns_are_accepted(pattern: str) -> None:
         *(r"\c(a", "[", "[[a]+", "a{", "a**", "a+$", "x|a+b", "(", "(a", "a)", "", "a" * 5_000),
         *(r"\s+(?!\S)x", r"\R+", None, 7, ["a"], "(?=a*)", "(?!a+)", "a+(?=b)", "(?:ab*){2}"),
         *("(?:a?)+(?!a?)", "(?=a)*", "(((((a)))))", "(?:a*)b", "(?:a|b*)c", r"a+\b", "a*^"),
-        # The next branch must match all that the failed one read, at once, and directly follow it.
+        # The next branch must directly follow the failed one and match in one go all that it read.
         *(r"\s+$|x", r"\s*\n|\s", r"\s*\n| |\s+", r"\s*\n|\s{1,9}", r"\s*\n|x?\s+", "a*b|[ab]+"),
         *(r"x?\s*\n|y\s+", "a{1,3}+b|a{1,3}+", "a{1,3}+b|a+"),
         *("x?a*b|a+", "a*b*c|a+", "(?:ab)*c|(?:ab)+", r"\s*\n+(?=x)|\s+", r"\s+|\s*\n"),
