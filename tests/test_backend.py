@@ -69,5 +69,5 @@ def test_an_old_python_is_told_in_one_line() -> None:
     code = "import sys; sys.version_info = (3, 9, 6); import mlx_stream"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("mlx_stream needs Python 3.11 or newer, and this is 3.9")
+    assert done.stderr.startswith("mlx_stream needs Python 3.11 or newer, but this is 3.9")
     assert len(done.stderr.splitlines()) == 1

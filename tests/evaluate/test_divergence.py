@@ -96,7 +96,7 @@ def test_a_measured_model_is_as_it_was() -> None:
     found = measure_sensitivity(model, IDS, Quantization(64, 2))
     assert not any("down_proj" in path for part in found for path in part)
     assert np.array_equal(before, all_logits(model, model.new_dense_cache(), IDS, 256))
-    with pytest.raises(TextError, match="has 127 tokens: give at least 128"):
+    with pytest.raises(TextError, match="has 127 tokens: at least 128 are needed"):
         measure_sensitivity(model, IDS[:127], Quantization(64, 2))
 
 

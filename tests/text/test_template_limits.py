@@ -190,7 +190,7 @@ def test_all_values_of_a_render_share_one_budget():
     running = Meter()
     for _ in range(BUDGET // 100):
         running.made("x" * (100 - ITEM))
-    with pytest.raises(RuntimeError, match="too many"):
+    with pytest.raises(RuntimeError, match="too numerous"):
         running.made("x")
 
 
