@@ -172,7 +172,7 @@ class FileSearch:
             self._first = now
         self._unclear, self._last = names, now
         if now - self._first < UNCLEAR:
-            raise FileNotFoundError(f"{self._given}: its rotated files may still be being renamed")
+            raise FileNotFoundError(f"{self._given}: its rotated files may not all be renamed yet")
         shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
         self._tell_once(f"{self._given}: not read{more}: {shown}")
 

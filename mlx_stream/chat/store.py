@@ -140,7 +140,7 @@ class Store(AbstractContextManager["Store"]):
             found = self.connection.execute(f"{query} ORDER BY number", (first, last)).fetchall()
             links = [link for (link,) in found]
             if first < 1 or last > state.count or len(links) != last - first + 1:
-                raise ValueError(f"there are no turns {first} to {last} of {state.count}")
+                raise ValueError(f"turns {first} to {last} do not exist: there are {state.count}")
             return digest("head", *astuple(state.header), first, *links)
 
     def checksums(self, first: int, last: int) -> list[str]:

@@ -166,5 +166,5 @@ def bench(
 
 
 def numbers(text: str) -> list[int]:
-    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is not a whole number."""
+    """Return the integers in a string like "1,2,4"; 0 for a part that is not an integer."""
     return [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]

@@ -61,7 +61,7 @@ def chat(
     ] = None,
     lines: Annotated[
         bool,
-        Option("--lines", help="Treat each line of standard input as a turn, without a notice."),
+        Option("--lines", help="Treat each line of standard input as a turn; print no notice."),
     ] = False,
     session: Annotated[
         str | None,

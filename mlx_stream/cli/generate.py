@@ -26,7 +26,7 @@ def generate(
     file: Annotated[
         Path | None,
         Option(
-            help="Complete every prompt of a JSON Lines file instead: strings, or objects with a "
+            help="Complete every prompt in a JSON Lines file instead: strings, or objects with a "
             '"prompt".'
         ),
     ] = None,

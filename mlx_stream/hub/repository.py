@@ -125,7 +125,7 @@ def refuse_other_formats(repository: Repository) -> None:
 
 
 def refuse_other_models(repository: Repository) -> None:
-    """Refuse an unsupported model, according to its config, before its weights are fetched."""
+    """Refuse a model that its config shows to be unsupported, before its weights are fetched."""
     config = read_json(repository.snapshot / "config.json")
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(key).startswith("AutoModel") for key in code):

@@ -69,7 +69,7 @@ def resolve_starter(progress: Notify) -> Path:
 
 
 def sweep_cache() -> None:
-    """Remove leftovers of killed processes from our cache, even if there is nothing to fetch."""
+    """Remove what killed processes left in our cache, even if there is nothing to fetch."""
     with suppress(OSError):  # no such folder yet, or a read-only one
         sweep_partial_folders(cache_root(), STARTER)
         sweep_partial_folders(cache_root(), starter_folder().name)

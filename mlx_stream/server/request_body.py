@@ -50,7 +50,7 @@ def check_structure(body: bytes | bytearray) -> None:
 def first_problem(error: ValidationError) -> ApiError:
     """Return an error for one problem with a body, without quoting the body."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    # Each type of a union gives an error: prefer one that says more than the expected type.
+    # Each member of a union yields an error: prefer one that says more than the expected type.
     first = next((one for one in problems if one["type"] == "value_error"), problems[0])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg']}", "not_json")

@@ -78,7 +78,7 @@ class ChatMessage(Strict):
     @model_validator(mode="after")
     def check_content(self) -> "ChatMessage":
         if self.role != "assistant" and self.content is None:
-            raise ValueError(f"a message of role {self.role} needs content")
+            raise ValueError(f"a message with role {self.role} needs content")
         return self
 
 

@@ -353,7 +353,7 @@ def test_a_random_life_of_a_file(path, seed):
 def test_an_empty_rotated_file_may_be_older_than_the_end_of_the_one_before(path, restart):
     reading = read_one(path)
     rotate(path)
-    write(path, b"", 3)  # created before the writer notices the renaming
+    write(path, b"", 3)  # created before the writer notices the rename
     write(path.with_name("x.log.1"), b"two\n", 4)
     rotate(path)
     write(path, b"three\n", 5)

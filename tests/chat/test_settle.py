@@ -139,7 +139,7 @@ class Recorded(TokenStream):
 
     Attributes:
         steps_taken: the ids of each step, how many of them are kept, and the lowest token that can
-            be attended after it; no ids if only that token has changed.
+            be attended to after it; no ids if only that token has changed.
     """
 
     cache: Any
@@ -245,7 +245,7 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
         list(chat.reply("On?", 3))
         assert_well_formed(chat)
     if chat.tokens.length:
-        chat.tokens.state()  # erases keys and values of tokens that are not attended
+        chat.tokens.state()  # erases keys and values of tokens that are not attended to
         check_erased(chat.cache)
         if (source := chat.template.source) in THINKS.values():
             backend = thinkers.thinker_tokenizer(source)

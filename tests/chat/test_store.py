@@ -264,7 +264,9 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
     store.update(header=replace(HEADER, system=None))
     assert not set(after.values()) & set(heads().values())
     for first, last in ((1, 5), (5, 5), (0, 4), (-1, 2), (4, 1), (6, 5)):
-        assert f"no turns {first} to {last} of 4" in refusal(store.head, first, last)
+        assert f"turns {first} to {last} do not exist: there are 4" in refusal(
+            store.head, first, last
+        )
 
 
 def test_only_its_user_may_read_it(path: Path) -> None:

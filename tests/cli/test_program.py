@@ -83,7 +83,7 @@ def test_an_interrupt_ends_generate(letters: Path) -> None:
     with started("generate", letters, "-p", "the", *ENDLESS) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
-        # A signal can be lost where Python cannot raise; a user presses the key again.
+        # A signal can be lost where Python cannot raise; a user would press the key again.
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):

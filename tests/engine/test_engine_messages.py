@@ -1,4 +1,4 @@
-"""Messages, histories, forks and progress work through an engine's handles as without an engine."""
+"""Messages, histories, forks and progress work the same with an engine as without one."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Listening: what is fed is attended unchanged, questions are answered, and nothing fed is lost."""
+"""Listening: fed text is attended to unchanged, questions are answered, and nothing is lost."""
 
 import asyncio
 import json

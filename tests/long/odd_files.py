@@ -55,7 +55,7 @@ class Reader:
         self.source = TailedFile(path, None, lambda _: None, clock=self.clock)
 
     def look(self, seconds: float = 0.0) -> None:
-        """Poll until no more data arrives, now and after every second."""
+        """Poll until no more data arrives, now and after each of the next `seconds` seconds."""
         for _ in range(1 + round(seconds)):
             while chunk := self.source.poll():
                 self.read.add(chunk.data)

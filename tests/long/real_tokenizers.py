@@ -1,4 +1,4 @@
-"""Real tokenizer.json files: turns have the ids of the whole render, and streams the whole text.
+"""Real tokenizer.json files: turns encode, and streams decode, as the whole conversation does.
 
     python -m tests.long.real_tokenizers FOLDER...
 

@@ -101,7 +101,7 @@ class Moments:
         self.statuses: Counter[str] = Counter()
 
     def moment(self, first: int, second: int | None) -> str:
-        """Run one chat to its signal or signals, and inspect what is left."""
+        """Run one chat until its signal or signals arrive, and inspect what is left."""
         self.number += 1
         name, target = f"s{self.number}", [*VISITS][self.number % len(VISITS)]
         questions = QUESTIONS[: self.luck.randint(1, 3) if target == "closing" else None]

@@ -4,7 +4,7 @@
 
 Facts about Anna and Peter are told in conversation. Then exchanges follow, a third of which tell
 the same kinds of facts about other people; the stream reads all of them. Each fact is then asked
-for in a copy of the chat, with ten candidates (chance: 10 %), in the fact's own words and in other
+for in a copy of the chat, with ten candidates (chance: 10%), in the fact's own words and in other
 words: without recall, with it, and with the fact as the latest exchange. Every answer is a line in
 the log; a run that is repeated with the same log asks only what is missing. Prints one line of
 JSON. Takes an hour.

@@ -1,4 +1,4 @@
-"""The bits and window that a plan chooses, compared with all choices; and the README's table."""
+"""The bits and window that a plan chooses, against every possible choice; the README's table."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Chat completions via the `openai` package: it answers as a session that reads everything once."""
+"""Chat completions via the `openai` package match a session that reads everything once."""
 
 import json
 import socket

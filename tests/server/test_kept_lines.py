@@ -218,7 +218,7 @@ def test_a_reply_that_was_cut_is_kept(letters: Path, tmp_path: Path) -> None:
 
 
 def test_the_beginning_of_a_line_is_kept_with_it(tmp_path: Path, monkeypatch: Any) -> None:
-    """A template that names the hour renders the same head after a restart."""
+    """A template that prints the hour renders the same head after a restart."""
     source = "{{ strftime_now('%H:%M') }}"
     folder = write_letters(tmp_path / "letters", tiny_config(**SMALL))
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Each row of the mapping: what is read, and what is attended."""
+"""Each row of the mapping: what is read, and what is attended to."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Published tokenizers, cut: turns, streamed text, and typed control tokens."""
+"""Published tokenizers, cut down: turns, streamed text, and typed control tokens."""
 
 from functools import cache
 

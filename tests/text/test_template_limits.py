@@ -1,4 +1,4 @@
-"""Limits of untrusted templates: time, memory and Python; and what honest ones may use."""
+"""Limits on untrusted templates: time, memory and Python; and what honest ones may use."""
 
 import json
 import threading
