@@ -231,7 +231,8 @@ def with_all_rows(
         array = arrays[name]
         if type(count) is not int or array.ndim != 4 or not array.shape[2] < count:
             raise ValueError(f"{name!r} cannot have {count!r:.40} rows")
-        total += array.itemsize * math.prod(array.shape[:2]) * array.shape[3] * count
+        row_bytes = array.itemsize * math.prod(array.shape[:2]) * array.shape[3]
+        total += row_bytes * (count - array.shape[2])
     if total > most:
         raise ValueError(f"it has {total:,} bytes, more than the {most:,} that it can have")
     return {
