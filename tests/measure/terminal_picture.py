@@ -101,5 +101,6 @@ if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
     name = "recall" if what == "recall" else "terminal"
     lines = recall_lines() if what == "recall" else markdown_lines(Path(what))
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, theme in THEMES.items():
         (folder / f"{name}{suffix}.svg").write_text(picture(lines, theme), "utf-8")
