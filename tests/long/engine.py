@@ -274,6 +274,10 @@ def look() -> dict[str, int]:
 
 def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any]:
     """Run the engine for `minutes`, then check it; return what was found."""
+    # On the thread that used it first, MLX 0.32.4 raises the error of a CPU task while it queues
+    # others. One that is counted but not queued is waited for forever, so that thread must not be
+    # the engine's.
+    mx.eval(mx.zeros(1))
     engine = engine_of(folder, queue_size=max(2, sessions * 3 // 4))
     engine.wait(PATIENCE)
     weights = engine.memory[0]
