@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mlx_stream.recall.index import WordIndex
-from mlx_stream.recall.words import content_words, is_greeting
+from mlx_stream.recall.words import all_words, content_words, is_greeting
 
 MOST_HITS = 5
 # For a long question, only this many of its rarest words are searched for.
@@ -47,9 +47,12 @@ def find_hits(
         previous: the previous question; used if `question` has fewer than two content words and is
             not a greeting.
         first, end: the range of numbers to search; `end` is excluded.
-        gate: if False, one word in common with the question is enough.
+        gate: if False, one word in common with the question is enough, and a question without
+            content words is searched for as it is.
     """
     factors = query(question, previous)
+    if not (factors or gate):
+        factors = dict.fromkeys(all_words(question), 1.0)
     counts = {word: index.number_of_texts(word, first, end) for word in factors}
     weights = {
         word: factor * math.log(1 + index.count / (counts[word] + 3))

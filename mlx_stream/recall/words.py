@@ -75,8 +75,13 @@ def in_bigrams(run: re.Match[str]) -> str:
 
 def content_words(question: str) -> list[str]:
     """Return the distinct words of a question that say what it is about, in order."""
+    return list(filter(is_content, all_words(question)))
+
+
+def all_words(question: str) -> list[str]:
+    """Return the distinct words of a question, lowercase, in order."""
     words = (match[0].lower() for match in WORD.finditer(indexed_text(question)))
-    return list(dict.fromkeys(filter(is_content, words)))
+    return list(dict.fromkeys(words))
 
 
 def is_greeting(question: str) -> bool:

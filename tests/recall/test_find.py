@@ -41,6 +41,13 @@ def test_what_says_nothing_finds_nothing(tmp_path):
         assert found(index, question) == []
 
 
+def test_a_search_without_the_gate_finds_words_that_say_nothing(tmp_path):
+    index = index_of(tmp_path, ["Hi! Hello!", "My dog is Rufus.", "Hi again."])
+    for question, numbers in (("Hi", [3, 1]), ("what", []), ("", []), ("?!", []), ("my is", [2])):
+        hits = find_hits(index, question, "", 1, 4, gate=False)
+        assert [hit.number for hit in hits] == numbers, question
+
+
 def test_a_single_shared_word_is_enough_only_if_there_is_no_other(tmp_path):
     index = index_of(tmp_path, ["My dog is Rufus."] + ["Nothing else."] * 9)
     assert found(index, "What about my dog?") == [1]
