@@ -266,7 +266,7 @@ def _layers(config: dict) -> list[str]:
 
 
 def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
-    """Return each layer's frequencies and magnitude: none where a SmolLM3 does not rotate."""
+    """Return each layer's frequencies and magnitude; a SmolLM3 layer may have no frequencies."""
     layers = config["num_hidden_layers"]
     rotated = [1] * layers
     if config["model_type"] == "smollm3":
@@ -275,7 +275,7 @@ def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
 
 
 def _bounded(config: dict, window: int | None) -> int | None:
-    """A Mistral's or Phi-3's sliding window, where set, bounds the window."""
+    """In Mistral and Phi-3 models, a sliding window, if set, limits the window."""
     slides = config["model_type"] in ("mistral", "phi3")
     bound = config.get("sliding_window") if slides else None
     return min((w for w in (window, bound) if w is not None), default=None)

@@ -186,7 +186,7 @@ def install(settings: Settings) -> None:
 
 @app.command()
 def uninstall(name: Name = "main") -> None:
-    """Stop the assistant, and stop starting it at login. Its journal is kept."""
+    """Stop the assistant, and no longer start it at login. Its journal is kept."""
     from mlx_stream.program.login_service import uninstall_service
     from mlx_stream_assistant.service import service_name
 

@@ -182,7 +182,7 @@ class NotesFolder:
         """Return what is new in a note; None if it is not a file."""
         name = str(path).encode("utf-8", "backslashreplace").decode()
         if name != str(path):
-            raise NotText(f"{name}: has a name that is not UTF-8: rename it")
+            raise NotText(f"{name}: the file name is not UTF-8: rename it")
         with open(path, "rb", opener=open_file) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):

@@ -154,7 +154,7 @@ class SummaryReader:
         return used, max((one.st_mtime_ns for one in files if one), default=0)
 
     def _rows(self, name: str, query: str) -> list[Any]:
-        """Return the rows of a query; none if the transcript must be opened as usual."""
+        """Return the rows of a query; none if `Store` must open the transcript."""
         database = f"{name}{DATABASE}"
         log, status = self.files.get(f"{database}-wal"), self.files.get(database)
         if status is None or (log and log.st_size):

@@ -104,7 +104,7 @@ def read_header(path: Path) -> GGUFHeader:
         with path.open("rb") as opened:
             size = opened.seek(0, 2)
             if size < 24:
-                raise CheckpointError(f"{file}: {size} bytes are too few for a GGUF file")
+                raise CheckpointError(f"{file}: too small for a GGUF file ({size} bytes)")
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return Parser(data, size, file, path.absolute()).header()
     except OSError as error:

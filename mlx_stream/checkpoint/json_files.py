@@ -24,9 +24,7 @@ def read_text_file(path: Path, limit: int) -> str:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise CheckpointError(
-                    f"{path}: larger than {limit >> 20} MB, too large for such a file"
-                )
+                raise CheckpointError(f"{path}: too large; the limit is {limit >> 20} MB")
             # `read` allocates as much as it is asked for: never ask for more than there is.
             return file.read(size).decode()
     except OSError as error:

@@ -134,7 +134,9 @@ def check_shard(path: Path) -> Declared:
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
         if length > HEADER_BYTES:
-            raise CheckpointError(f"{damaged} (a header of {length} bytes, over {HEADER_BYTES})")
+            raise CheckpointError(
+                f"{damaged} (its header has {length} bytes; the limit is {HEADER_BYTES})"
+            )
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}

@@ -112,8 +112,8 @@ class ReplyOptions:
         Option(
             "--speculate/--no-speculate",
             help="Guess tokens from earlier text and verify several at once. The output is the "
-            "same, and repetitive text is faster. Default: yes, unless --kv-bits, --seed or "
-            "--session is given.",
+            "same, and repetitive text is generated faster. Default: yes, unless --kv-bits, --seed "
+            "or --session is given.",
             show_default=False,
         ),
     ] = None

@@ -23,7 +23,9 @@ class ListenOptions:
 
     host: Annotated[
         str,
-        Option(help="Address to listen on; any but localhost (127.0.0.1 and ::1) needs a token."),
+        Option(
+            help="Address to listen on; any other than localhost (127.0.0.1 and ::1) needs a token."
+        ),
     ] = LOOPBACK
     port: Annotated[int, Option(help="Port to listen on; 0 picks a free port.")] = 8085
     socket: Annotated[
@@ -229,7 +231,7 @@ def install(
 
 
 def uninstall() -> None:
-    """Stop the server, and stop starting it at login."""
+    """Stop the server, and no longer start it at login."""
     from mlx_stream.program.login_service import uninstall_service
     from mlx_stream.server.running import SERVICE
 

@@ -36,8 +36,8 @@ class Corpus:
         """Raise TextError unless there are this many tokens, and one more to predict."""
         if len(self.ids) <= tokens:
             raise TextError(
-                f"{', '.join(self.names)}: {len(self.ids):,} tokens, but {tokens:,} and one "
-                f"more to predict are needed: use a longer text, or a smaller {option}"
+                f"{', '.join(self.names)}: {len(self.ids):,} tokens, but "
+                f"{tokens + 1:,} are needed: use a longer text, or a smaller {option}"
             )
 
 

@@ -204,7 +204,7 @@ def check_file(path: Path, most: int) -> None:
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     if (size := path.stat().st_size) > most:
-        raise ValueError(f"it has {size:,} bytes, more than the {most:,} that this stream can have")
+        raise ValueError(f"it has {size:,} bytes; this stream's has at most {most:,}")
 
 
 def empty_array(shape: Any, dtype: Any) -> mx.array:
@@ -212,7 +212,7 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
     sizes = [*shape]
     # The shape is checked before allocation: a forged one could have any size.
     if 0 not in sizes or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in sizes):
-        raise ValueError("an array without values has a shape that is not empty")
+        raise ValueError("an empty array has an invalid shape")
     if dtype not in STATE_DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
     return mx.zeros(sizes, STATE_DTYPES[dtype])
@@ -234,7 +234,7 @@ def with_all_rows(
         row_bytes = array.itemsize * math.prod(array.shape[:2]) * array.shape[3]
         total += row_bytes * (count - array.shape[2])
     if total > most:
-        raise ValueError(f"it has {total:,} bytes, more than the {most:,} that it can have")
+        raise ValueError(f"it would take {total:,} bytes; the limit is {most:,}")
     return {
         name: mx.pad(array, [(0, 0), (0, 0), (0, rows[name] - array.shape[2]), (0, 0)])
         if name in rows

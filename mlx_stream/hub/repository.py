@@ -97,7 +97,8 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
             )
         if sibling.rfilename in (*SMALL_FILES, OLDER_TEMPLATE) and size > SMALL_BYTES:
             raise SourceError(
-                f"{name}: {sibling.rfilename} is {size >> 20} MB, too large for such a file"
+                f"{name}: {sibling.rfilename} is too large: {size >> 20} MB; the limit is "
+                f"{SMALL_BYTES >> 20} MB"
             )
         files.append(File(sibling.rfilename, size, digest))
     return Repository(name, revision, info.sha, tuple(files), tuple(others))

@@ -102,7 +102,7 @@ class CompiledSteps:
         The step is traced once such a set of streams has occurred a few times.
 
         Args:
-            steps: one per stream, with full windows, so that they recur.
+            steps: one per stream; their windows are full, so the same kinds of step recur.
             tokens: their ids, (1, T) int32.
             samplers, penalized: one per stream, as in `decode`.
         """

@@ -2,7 +2,7 @@
 
 Any page in a browser can send requests to loopback, and its own domain name can be made to point
 there (DNS rebinding). So a request must name this server as its Host and must not come from a page
-from another origin. All of this is checked before the body is read, on every path.
+of another origin. All of this is checked before the body is read, on every path.
 """
 
 import asyncio

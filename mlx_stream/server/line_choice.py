@@ -137,7 +137,7 @@ def best_match(
 
     Matches are ranked by these criteria, in order: more turns match; the line need not be restored;
     all the request's turns match, at most one turn follows them, and nothing older must be evicted;
-    the match ends later; it ends the record. If no line matches, return why.
+    the match ends later in the record; it reaches the record's end. If no line matches, return why.
     """
     found: list[tuple[tuple[Any, ...], Match]] = []
     why = "no stream has the same head"

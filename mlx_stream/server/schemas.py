@@ -55,7 +55,7 @@ class ContentPart(Strict):
         if self.type not in ("text", "refusal"):
             raise ValueError(NO_MEDIA)
         if (self.text if self.type == "text" else self.refusal) is None:
-            raise ValueError(f"a part of type {self.type} must have {self.type}")
+            raise ValueError(f"a part of type {self.type} needs the field {self.type}")
         return self
 
 

@@ -304,8 +304,8 @@ class StreamDecoder:
         rest = self._window[len(self._window) - unfinished :]
         del self._window[len(self._window) - unfinished :]
         piece = self._decode()[self._sent :]
-        # At the start of the text, one whole character is kept, so that the rest is not decoded as
-        # the start.
+        # At the start of the text, one whole character is kept, so that what follows is not decoded
+        # as if it began the text.
         first = self._run[:whole].decode()[0].encode()
         self._window = before or self._window[: len(first)]
         self._sent = len(self._decode())
@@ -405,7 +405,7 @@ def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
         if isinstance(entry, Mapping) and entry.get("name") == "default":
             found = entry.get("template")
     if found is not None and not isinstance(found, str):
-        raise TemplateError("chat template: neither text nor a list with one named 'default'")
+        raise TemplateError("chat template: not text, nor a list with a template named 'default'")
     return found
 
 

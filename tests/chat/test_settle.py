@@ -332,7 +332,7 @@ def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
         assert len(chat.trouble.refusals) > refused or told == [(text, thinking.strip())]
     finally:
         steps.close()
-        # When a reply is cut, text that was held back (such as an incomplete character) joins it.
+        # When a reply is cut, held-back text (such as an incomplete character) is added to it.
         if text and len(chat.trouble.refusals) == refused:
             assert chat.exchanges[-1].reply.startswith(text)
 

@@ -142,7 +142,7 @@ def test_tokenizer_config(path: Path):
 def sentencepiece_reference(prefix: bool) -> Tokenizer:
     """Build a tokenizer from these pieces with the library's classes, as `LlamaConverter` does."""
     vocabulary = {piece: index for index, piece in enumerate(PIECES)}
-    # In the order of the scores: `he` before `th`, whatever the numbers of the pieces.
+    # In score order: `he` before `th`, regardless of the pieces' ids.
     merges = [("h", "e"), ("▁", "t"), ("t", "h"), ("th", "e"), ("t", "he"), ("▁t", "he")]
     merges += [("▁", "the"), ("▁", "▁"), ("▁", "▁▁"), ("▁▁", "▁")]
     tokenizer = Tokenizer(

@@ -154,7 +154,7 @@ def test_a_peer_that_is_not_installed_is_reported(tiny: Path, text: Path) -> Non
         (("--tokens", 0), "--tokens must be at least 1, not 0"),
         (("--cache", "stream", "--gguf", __file__), "--gguf is for llama.cpp"),
         (("--segment", 0), "--segment must be at least 1, not 0"),
-        (("--segment", 5000), "tokens, but 5,000 and one more to predict are needed"),
+        (("--segment", 5000), "tokens, but 5,001 are needed"),
         (("--window", 0), "--window must be at least 1, not 0"),
         (("--window", 100_000), "exceed the model's trained context"),
         (("--against", "ollama"), "--against must be one of mlx-lm, llama.cpp, not 'ollama'"),
@@ -176,7 +176,7 @@ def test_texts_and_models_that_cannot_be_read(name: str, tiny: Path, tmp_path: P
     (tmp_path / "empty.txt").write_text("")
     for file, said in (
         ("missing.txt", "missing.txt: cannot be read: No such file or directory"),
-        ("short.txt", "one more to predict are needed: use a longer text"),
+        ("short.txt", "are needed: use a longer text"),
         ("latin.txt", "is not UTF-8"),
         ("empty.txt", "is empty"),
     ):

@@ -179,7 +179,7 @@ def test_a_written_answer_ends_before_an_end_token(
 def test_inside_is_what_the_cache_attends_to(
     model: Model, asked: list[EncodedQuery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last token that scores a candidate is read, and the stream says what it attends to."""
+    """`inside` is what is attended to once the last token that scores a candidate is read."""
     found: list[float] = []
 
     def listen(

@@ -57,7 +57,7 @@ Turn = tuple[str, str, Exchange | None]
 
 
 class Marks:
-    """Bytes in a file: the phase a process is in, and how often it entered each."""
+    """Bytes in a file: the phase a process is in, and how many times it has entered each phase."""
 
     def __init__(self, path: Path):
         if not path.exists() or path.stat().st_size == 0:
@@ -120,7 +120,7 @@ def ask(luck: random.Random) -> str:
 
 
 def talk(folder: Path, name: str, seed: int) -> None:
-    """Talk until killed; announce each act, and report it once it is done."""
+    """Talk until killed; announce each action, and report it once it is done."""
     luck, model = random.Random(seed), load(folder, dtype="float32", keep_quantized=False)
     saved = resume.open_session(name, model, OPTIONS)
     for turn in count(1):

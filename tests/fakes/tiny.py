@@ -58,7 +58,7 @@ LONGROPE = {
     "original_max_position_embeddings": 128,
 }
 SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
-# One model of each family, in which everything that sets the family apart matters.
+# One model of each family, in which each of the family's features affects the result.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": LLAMA3, "attention_bias": True, "mlp_bias": True},
     "mistral": MISTRAL,

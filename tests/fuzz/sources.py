@@ -1,4 +1,4 @@
-"""Odd files, notes and pipes: all that can be read is read once, in order, but never the diary.
+"""Odd files, notes and pipes: what is readable is read once, in order; the diary never is.
 
     python -m tests.fuzz.sources --count 1000 --seed 1
 

@@ -78,7 +78,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
     (
         lists("tokenizer.json", size=10**9),
-        "tokenizer.json is 953 MB, too large for such a file",
+        "tokenizer.json is too large: 953 MB; the limit is",
         None,
     ),
     (lambda served: setattr(served, "commit", "../../main"), "does not list a commit", NOTHING),

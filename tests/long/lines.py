@@ -27,7 +27,7 @@ from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
 MOST_BYTES = 100  # of a turn's record
-BYTES_GROWTH = 20_000  # the fullest window has a few more turns than the first look finds
+BYTES_GROWTH = 20_000  # the window may hold a few more turns at the second look than at the first
 OBJECT_GROWTH = 200
 
 

@@ -2,10 +2,10 @@
 
     python -m tests.long.pinned_facts [--tokens 5000] [--window 512]
 
-Each of 24 facts is asked for with ten candidates, of which the system prompt has only one: before
-the chat and after it, with the system prompt pinned and without. The chat is CPython's own
-documentation, read and not sampled. Prints one line of JSON; exits with 1 if the facts were lost
-although pinned, or were still known without pinning. Takes minutes: not collected by pytest.
+Asks for each of 24 facts before and after the chat, with the system prompt pinned and not pinned.
+Each has ten candidate answers, one of which is in the system prompt. The chat consists of CPython's
+documentation, which is read rather than sampled. Prints one line of JSON; exits with 1 unless
+pinning clearly helped the model keep the facts. Takes minutes: not collected by pytest.
 """
 
 import argparse

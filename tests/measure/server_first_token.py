@@ -1,4 +1,4 @@
-"""Time the first token of `mlx_stream serve` and of `mlx_lm.server`, in turn, past a full window.
+"""Time the first tokens of `mlx_stream serve` and `mlx_lm.server` once the window is full.
 
     mlx_stream convert starter starter-f32 --dtype float32
     python -m tests.measure.server_first_token starter-f32 [--window 1024] [--turns 12]
@@ -6,9 +6,9 @@
 Both servers serve the same folder. Each is asked the same questions, streamed and greedy, in one
 conversation. Ours gets the whole history; mlx_lm's client leaves out the oldest turns so that
 the history fits the window. Prints one line of JSON with the commands, the times in milliseconds
-and both servers' `cached_tokens`. It exits with 1 if mlx_lm's median is not 8 times ours, ours is
-more than 1.3 times as long as our third turn took, or the ring has grown by turn 200. Run it on an
-otherwise idle machine.
+and both servers' `cached_tokens`. It exits with 1 if mlx_lm's median is less than 8 times ours, our
+median is more than 1.3 times the time of our third turn, or the ring has grown by turn 200. Run it
+on an otherwise idle machine.
 """
 
 import argparse

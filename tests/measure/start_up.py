@@ -26,7 +26,7 @@ COMMANDS = {
 }
 WEIGHTS = {"dequantized": "--dequantize", "quantized": "--keep-quantized"}
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|[\r\a]")
-# Run in a process of its own; prints the seconds of each part of what `chat` does before it asks.
+# Run in a separate process; prints the seconds that `chat` spends on each step before it asks.
 PARTS = """
 import json, sys, time
 marks = [("", time.perf_counter())]

@@ -153,7 +153,7 @@ PUBLISHED = [
     *(r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", "[^\n]+|[\n]+"),
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-    # Possessive: tiktoken's for GPT-4, and Ling's.
+    # With possessive quantifiers: tiktoken's pattern for GPT-4, and Ling's.
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
@@ -198,7 +198,7 @@ def test_published_patterns_are_accepted(pattern: str) -> None:
         *(r"\c(a", "[", "[[a]+", "a{", "a**", "a+$", "x|a+b", "(", "(a", "a)", "", "a" * 5_000),
         *(r"\s+(?!\S)x", r"\R+", None, 7, ["a"], "(?=a*)", "(?!a+)", "a+(?=b)", "(?:ab*){2}"),
         *("(?:a?)+(?!a?)", "(?=a)*", "(((((a)))))", "(?:a*)b", "(?:a|b*)c", r"a+\b", "a*^"),
-        # The next branch must directly follow the failed one and match in one go all that it read.
+        # The next branch must directly follow the failed one and match, in one go, what it read.
         *(r"\s+$|x", r"\s*\n|\s", r"\s*\n| |\s+", r"\s*\n|\s{1,9}", r"\s*\n|x?\s+", "a*b|[ab]+"),
         *(r"x?\s*\n|y\s+", "a{1,3}+b|a{1,3}+", "a{1,3}+b|a+"),
         *("x?a*b|a+", "a*b*c|a+", "(?:ab)*c|(?:ab)+", r"\s*\n+(?=x)|\s+", r"\s+|\s*\n"),
