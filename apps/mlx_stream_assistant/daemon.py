@@ -19,7 +19,7 @@ from mlx_stream_assistant.battery import Battery
 from mlx_stream_assistant.feeder import Feeder
 from mlx_stream_assistant.journal import Journal
 from mlx_stream_assistant.notes import NoteSchedule, NotesFile
-from mlx_stream_assistant.notes_folder import NotesFolder
+from mlx_stream_assistant.notes_folder import NotePlaces, NotesFolder
 from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.requests import RequestHandler
 from mlx_stream_assistant.settings import SYSTEM, Settings
@@ -131,7 +131,7 @@ class Assistant:
 
     def _open_sources(self) -> None:
         settings, journal = self.settings, self._journal
-        files, notes = journal.places("file"), journal.places("note")
+        files, notes = journal.places("file"), NotePlaces(journal.places("note"))
         before = [place for name, place in files.items() if Path(name) not in settings.follow]
         for path in settings.follow:
             place = files.get(str(path)) or place_by_inode(path, before)

@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,24 @@ MOST_BEFORE = 1_000
 Seen = tuple[int, int, int]  # inode, size, modification time
 
 
+@dataclass
+class NotePlaces:
+    """How far notes have been read.
+
+    Attributes:
+        now: for each path, according to a journal.
+        before: before the latest changes, whatever the path; only since the program started.
+    """
+
+    now: dict[str, dict[str, Any]]
+    before: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_BEFORE))
+
+
 class NotesFolder:
     """A folder whose text and Markdown files are read.
 
     Args:
-        places: how far each note has been read, according to a journal, by path; shared by all
-            folders, because a note may be moved from one to another.
+        places: shared by all folders, because a note may be moved from one to another.
         excluded: files not to be read under any name, such as the assistant's diary.
         clock: returns the time in seconds.
     """
@@ -50,21 +63,19 @@ class NotesFolder:
     def __init__(
         self,
         path: Path,
-        places: dict[str, dict[str, Any]],
+        places: NotePlaces,
         tell: Notify,
         excluded: Collection[Path] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
         self._clock, self._next_look = clock, 0.0
-        self._places, self._decoder = places, TextDecoder(tell)
+        self._places, self._before, self._decoder = places.now, places.before, TextDecoder(tell)
         self._inside = self.name.rstrip(os.sep) + os.sep
         self._looked: dict[str, Seen] = {}  # as they were at the last scan
         # How far notes that are gone or have changed had been read: checksums by number of bytes,
         # ascending.
         self._gone: dict[int, set[int]] = {}
-        # How far notes had been read before their latest change.
-        self._before = deque[dict[str, Any]](maxlen=MOST_BEFORE)
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
         # Refused notes: what each looked like then (None if it could not be read, which

@@ -78,10 +78,10 @@ class TailedFile:
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
         self._left: float | None = None  # when the file was renamed
-        self._emptied = False  # the file was truncated, so it may be copied and truncated again
+        self._emptied = False  # the file was empty, so it may be copied and truncated unseen
         self._complaint = ""
         self._blank: tuple[int, int] | None = None  # size and mtime when no text was found
-        self._given_up: FilePosition | None = None  # a renamed file with no text left: not reopened
+        self._finished: FilePosition | None = None  # a renamed file with no text left: not reopened
         self._search = FileSearch(path, tell, clock)
 
     @property
@@ -145,7 +145,7 @@ class TailedFile:
             # The previous file may have been written to, or only trimmed, after this one.
             latest = max(now, before, self._mtime or 0)
             place = FilePosition(status.st_dev, status.st_ino, written=latest, begun=now)
-            self._emptied = False
+            self._emptied = status.st_size == 0
         self._place = place
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
@@ -183,10 +183,8 @@ class TailedFile:
             regular = status and stat.S_ISREG(status.st_mode)
             if status and regular and not renamed and self._continues(place):
                 return (self.path, status), place.moved_to(status)
-            if old and old[1].st_size > place.offset:
-                found = place.moved_to(old[1])
-                if found != self._given_up:
-                    return old, found
+            if old and (found := place.moved_to(old[1])) != self._finished:
+                return old, found
             if next_one := self._search.find_between(place, old):
                 return next_one, None
             place = None
@@ -225,8 +223,7 @@ class TailedFile:
             before, rest = self._around(self._place.offset)
             if rest := rest.rstrip(b"\0"):  # the first bytes of a character, never completed
                 return self._chunk(before, rest)
-        else:
-            self._given_up = self._place
+        self._finished = self._place
         self.close()
         if status is None:
             self._complain(f"{self.path}: does not exist; waiting for it")
@@ -256,8 +253,10 @@ class TailedFile:
             return None
         again = self._emptied and not offset and written > self._place.written
         if again and (copy := self._search.find_between(self._place, None)):
-            self._read_rotated(copy, self._place, "was truncated")
-            return None
+            ours = self._place, self._finished  # not copies: renamed files
+            if not any(place and place.is_of(copy[1]) for place in ours):
+                self._read_rotated(copy, self._place, "was truncated")
+                return None
         self._mtime = written
         if size != self._size:
             self._size, self._grown = size, self._clock()

@@ -18,7 +18,7 @@ from mlx_stream_assistant import notes_folder
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import LONGEST_CHUNK, Chunk, Journal, cut
 from mlx_stream_assistant.notes import NotesFile, markdown
-from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
+from mlx_stream_assistant.notes_folder import BETWEEN, NotePlaces, NotesFolder
 from mlx_stream_assistant.paths import assistant_paths
 
 NOW = datetime(2026, 11, 27, 14, 5)
@@ -30,9 +30,9 @@ NOW = datetime(2026, 11, 27, 14, 5)
 class Looking:
     """A folder of notes, the text read from it, and its notices."""
 
-    def __init__(self, path: Path, places: dict[str, dict] | None = None, **more):
+    def __init__(self, path: Path, places: NotePlaces | None = None, **more):
         self.path, self.more, self.now = path, more, 0.0
-        self.places = {} if places is None else places
+        self.places = NotePlaces({}) if places is None else places
         self.told: list[str] = []
         self.begin()
 
@@ -50,8 +50,11 @@ class Looking:
                 if arrival.text:
                     found.append((arrival.title, arrival.text))
                 self.source.ack(arrival)
-                self.places[arrival.source] = arrival.place
         return found
+
+    def restart(self) -> None:
+        self.places.before.clear()
+        self.begin()
 
 
 def test_notes_are_read_once_and_then_what_is_new_in_them(tmp_path):
@@ -121,7 +124,7 @@ def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_p
     assert len(looking.told) == 2 and all("rename it" in line for line in looking.told)
     assert any("caf\\udce9.md" in line for line in looking.told)
     assert "\n".join([*looking.told, looking.source.state["complaint"]]).encode()
-    for source, place in looking.places.items():
+    for source, place in looking.places.now.items():
         journal.append(Chunk(source, "note", "n", b"", "", place))
     (tmp_path / os.fsdecode(bad[0])).rename(tmp_path / "cafe.md")
     assert looking.look() == [("cafe.md", "bad\n")]
@@ -248,9 +251,24 @@ def test_a_note_that_was_moved_to_another_folder_is_not_read_again(tmp_path, res
     (inbox / "a.md").rename(archive / "a.md")
     shutil.copy(inbox / "b.md", archive / "b.md")  # a copy is a separate note
     if restart:
-        first.begin()
-        second.begin()
+        first.restart()
+        second.restart()
     assert second.look(3) == [("b.md", "two\n")] and first.look(3) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_moved_note_is_not_read_again_though_another_has_its_name(tmp_path, order):
+    inbox, archive = tmp_path / "inbox", tmp_path / "archive"
+    inbox.mkdir()
+    archive.mkdir()
+    (inbox / "today.md").write_text("Monday\n")
+    first = Looking(inbox)
+    folders = first, Looking(archive, first.places)
+    assert first.look() == [("today.md", "Monday\n")]
+    (inbox / "today.md").rename(archive / "monday.md")
+    (inbox / "today.md").write_text("Tuesday\n")
+    found = [one for _ in range(3) for index in order for one in folders[index].look(1)]
+    assert found == [("today.md", "Tuesday\n")]
 
 
 def test_notes_are_not_read_again_when_their_folder_was_renamed(tmp_path):

@@ -547,3 +547,37 @@ def test_an_empty_file_may_have_been_written_to_copied_and_truncated(path):
     write(path, b"three\n", 6)
     reading.wait(20)
     assert reading.taken == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("before", ["", "copied", "renamed"])
+def test_an_empty_file_may_be_written_to_copied_and_truncated_unseen(path, before):
+    """It was empty at the first poll, or since a rotated file was read to its end."""
+    write(path, b"", 1)
+    reading = Reading(path)
+    reading.wait()
+    expected = b"three\nfour\n"
+    if before:
+        write(path, b"one\n", 2)
+        reading.wait()
+        write(path, b"two\n", 3)
+        copy_and_truncate(path, 4) if before == "copied" else rotate(path)
+        write(path, b"", 5)
+        reading.wait(20)
+        expected = b"one\ntwo\n" + expected
+    write(path, b"three\n", 6)
+    copy_and_truncate(path, 7)
+    reading.wait(20)
+    write(path, b"four\n", 8)
+    reading.wait(20)
+    assert reading.taken == expected
+
+
+def test_a_late_line_of_a_renamed_file_is_no_copy_of_the_empty_one(path):
+    reading = read_one(path)
+    rotate(path)
+    write(path, b"", 3)
+    reading.wait(20)
+    write(path.with_name("x.log.1"), b"late\n", 4)
+    write(path, b"two\n", 5)
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\n"

@@ -82,13 +82,16 @@ def test_a_character_is_never_cut(path):
     assert reading.taken == text
 
 
-def test_a_renamed_file_is_read_to_its_end_before_the_new_one(path):
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_renamed_file_is_read_to_its_end_before_the_new_one(path, restart):
     add(path, b"one\n")
     reading = Reading(path)
     reading.poll()
     reading.clock.now += 1000  # the file is quiet for a long time
     path.rename(path.with_name("x.log.1"))
     add(path, b"three\n")
+    if restart:
+        reading.restart()
     for _ in range(3):
         reading.clock.now += GRACE / 4
         assert reading.poll() == b""

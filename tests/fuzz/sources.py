@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
+from mlx_stream_assistant.notes_folder import BETWEEN, NotePlaces, NotesFolder
 from mlx_stream_assistant.stdin import StandardInput
 from mlx_stream_assistant.tail import GRACE
 from tests.fakes.following import Reading, add, rotate
@@ -190,7 +190,7 @@ class Notes:
 
     def begin(self) -> None:
         self.source = NotesFolder(
-            self.path, self.places, lambda _: None, [self.diary], lambda: self.now
+            self.path, NotePlaces(self.places), lambda _: None, [self.diary], lambda: self.now
         )
 
     def look(self) -> None:
