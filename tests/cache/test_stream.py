@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mlx_stream.cache import DenseCache, StreamCache
 from mlx_stream.cache.geometry import Geometry, StreamPosition
+from mlx_stream.cache.steps import decode
 from mlx_stream.cache.steps.decode import DecodeKind
 from mlx_stream.errors import ValueRefused
 from tests.fakes.shapes import (
@@ -145,6 +146,7 @@ class TestStream(StreamMachine.TestCase):  # type: ignore[name-defined]
         (Shape(sinks=5, window=700, layers=1), [255, 1, 1, 60, 300, 1, 200, 1, 3]),
         (Shape(sinks=300, window=310, layers=1), [257, 60, 200, 1, 200, 1]),
         (Shape(sinks=3, window=20, kv_heads=2, group=4, yarn=True), [1] * 70),
+        (Shape(sinks=3, window=20, kv_heads=2, group=9), [1] * 30),  # too many heads to group
     ],
     ids=str,
 )
@@ -152,6 +154,15 @@ def test_chunks_equal_the_reference(shape, chunks):
     twins = Twins(shape)
     for count in chunks:
         twins.read(count)
+        twins.check_numbers()
+
+
+def test_the_heads_of_a_long_ring_are_not_grouped(monkeypatch):
+    monkeypatch.setattr(decode, "TWO_PASSES", 20)
+    twins = Twins(Shape(sinks=3, window=30, spare=7, group=4))
+    twins.read(10)
+    for _ in range(40):
+        twins.read(1)
         twins.check_numbers()
 
 

@@ -13,6 +13,11 @@ from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.sinks import place_sinks
 from mlx_stream.cache.storage import CacheState, Rows, RowStorage, write_rows
 
+# Query heads that share a key head attend as rows of one head: MLX's unfused attention then reads
+# the keys once for all of them. For up to this many rows, Metal's kernel does the same work either
+# way, but from this many keys on, it reads them in two passes only if there are fewer key heads.
+MOST_ROWS, TWO_PASSES = 8, 4096
+
 
 @dataclass(frozen=True)
 class DecodeKind:
@@ -139,9 +144,14 @@ class DecodeStep:
             keys, values = keys[:, :, : kind.prefix_rows], values[:, :, : kind.prefix_rows]
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=kind.shape.scale(layer), mask=self.mask
+        shape, per_key_head = kind.shape, kind.shape.query_heads // kind.shape.kv_heads
+        grouped = per_key_head <= MOST_ROWS and keys.shape[2] < TWO_PASSES
+        if grouped:
+            queries = queries.reshape(1, shape.kv_heads, per_key_head, -1)
+        out = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=shape.scale(layer), mask=self.mask
         )
+        return out.reshape(1, shape.query_heads, 1, -1) if grouped else out
 
     def finish(self, keys: list[Rows], values: list[Rows]) -> None:
         """Adopt the rows that a trace of this step computed, and release the old ones."""
