@@ -74,8 +74,8 @@ def make_merges(
         raise keys.wrong("tokenizer.ggml.scores", "an array of numbers")
     if len(scores) != len(tokens) or not np.isfinite(scores).all():
         raise TokenizerError(
-            f"{keys.where}: tokenizer.ggml.scores must hold a number for each of the {len(tokens)} "
-            f"tokens; it has {len(scores)} entries"
+            f"{keys.where}: tokenizer.ggml.scores must hold a finite number for each of the "
+            f"{len(tokens)} tokens; it has {len(scores)} entries"
         )
     pieces = [
         (tokens[index], float(scores[index])) for index in np.flatnonzero(kinds == NORMAL).tolist()

@@ -186,7 +186,7 @@ JSONS = [
     (b'{"a": ' * 200_000, "nested too deeply"),
     (b"[1, 2]", "expected a JSON object, not [1, 2]"),
     (b'{"a": "\xff"}', "not UTF-8"),
-    (b'{"a": "' + b"x" * 5_000_000 + b'"}', "larger than 4 MB"),
+    (b'{"a": "' + b"x" * 5_000_000 + b'"}', "too large; the limit is 4 MB"),
 ]
 JSON_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", INDEX)
 REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
@@ -214,7 +214,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         for shape in ([0], [0, 2**40], [2, 0], [1] * 9, [1] * 2_000)
     ),
     *(
-        (long_header(length), CheckpointError, f"a header of {length} bytes")
+        (long_header(length), CheckpointError, f"its header has {length} bytes")
         for length in (shards.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1)
     ),
 ]

@@ -36,8 +36,8 @@ U64 = 2**64 - 1
 
 
 FORGED = [
-    (b"", "too few"),
-    (b"GGUF" + bytes(8), "too few"),
+    (b"", "too small"),
+    (b"GGUF" + bytes(8), "too small"),
     (b"GGML" + bytes(40), "not a GGUF file"),
     (forged(version=1) + FOUR, "GGUF version 1 is not supported"),
     (forged(version=3 << 24) + FOUR, "big-endian GGUF"),

@@ -190,7 +190,7 @@ def test_sentencepiece_encodes_as_the_original(path: Path, prefix: bool):
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scores": None}, "scores is missing"),
     ({"scores": [0.0]}, "has 1 entries"),
-    ({"scores": [float("nan")] * len(PIECES)}, "are not numbers"),
+    ({"scores": [float("nan")] * len(PIECES)}, "a finite number for each"),
     ({"scores": PIECES}, "scores must be an array of numbers"),
     ({"tokens": [*PIECES[:-1], "x" * 129]}, "pieces of 129 characters"),
     ({"tokens": [*PIECES[:3], "x", *PIECES[4:]]}, "lacks byte tokens"),

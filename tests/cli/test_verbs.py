@@ -354,7 +354,7 @@ def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
     assert window["decode"]["pairs"] == window["prefill"]["pairs"] == 3
     for kind in ("decode", "prefill"):
         assert window[f"{kind}_ratio"] == window[kind]["ratio_quartiles"][1] > 0
-    assert window["python"]["ours_nodes"] > 100 < window["python"]["mlx_lm_nodes"]
+    assert window["python"]["ours_nodes"] > 50 < window["python"]["mlx_lm_nodes"]
     assert window["bytes"].keys() == {"weights", "cache", "least_ms", "share_of_limit"}
     assert result["read"]["bytes_per_second"] > 0
     assert [one["tokens"] for one in (*result["prefill"], *result["prefill_best"])] == [40, 40]

@@ -22,7 +22,7 @@ def press(one, text):
 
 @on_a_loop
 async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
-    async with app(letters, window=200, max_tokens=150) as one:
+    async with app(letters, window=200, max_tokens=600) as one:
         view = one.view
         assert view.gauge.text == "nothing is attended yet"
         assert view.send.enabled and not view.stop.enabled

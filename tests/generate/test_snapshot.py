@@ -121,7 +121,7 @@ def test_rows_that_were_never_written_take_no_space(
         sizes.append(path.stat().st_size)
         arrays = [value for value in stream.state().values() if isinstance(value, mx.array)]
         whole = sum(array.nbytes for array in arrays)
-        with pytest.raises(SnapshotError, match="more than"):
+        with pytest.raises(SnapshotError, match="the limit is"):
             snapshot.load_snapshot(path, whole - 1)
         other.restore(snapshot.load_snapshot(path, whole).state)
         assert other.ids.attended() == stream.ids.attended()
@@ -188,7 +188,7 @@ def test_a_truncated_file(saved: Path, tmp_path: Path, size: int) -> None:
 def test_a_file_or_header_over_its_limit_is_refused(saved: Path) -> None:
     size = saved.stat().st_size
     assert snapshot.load_snapshot(saved, size).model == "m"
-    with pytest.raises(SnapshotError, match=f"{size:,} bytes, more than"):
+    with pytest.raises(SnapshotError, match=f"{size:,} bytes; .* at most"):
         snapshot.load_snapshot(saved, size - 1)
     with pytest.raises(SnapshotError, match="header is too long"):
         snapshot.load_snapshot(saved, longest=100)

@@ -141,5 +141,5 @@ def test_a_file_that_cannot_be_read_is_one_line(own, tmp_path):
     with pytest.raises(DeviceError, match="not UTF-8 at byte 0"):
         all_devices(own)
     own.write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(DeviceError, match="larger than 1 MB"):
+    with pytest.raises(DeviceError, match="the limit is 1 MB"):
         all_devices(own)
