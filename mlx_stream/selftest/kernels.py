@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_stream import backend
 from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.decode import MOST_ROWS
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.errors import one_line
 from mlx_stream.generate.model import Model
@@ -133,11 +134,15 @@ def calls(
     chosen = np.random.default_rng(3)
     for tokens in (1, FEW, PREFILL_CHUNK):
         queries = random(model, 1, config.num_attention_heads, tokens, config.head_dim)
-        if tokens == 1:
-            yield queries, keys, values, scale, None
         seen: Any = chosen.random((tokens, ROWS)) < 0.5
         seen[:, 0] = True  # the result for a row without any keys is undefined
         yield queries, keys, values, scale, mx.array(seen)
+        if tokens == 1:
+            yield queries, keys, values, scale, None
+            grouped = queries.reshape(1, config.num_key_value_heads, -1, config.head_dim)
+            if grouped.shape[2] <= MOST_ROWS:
+                yield grouped, keys, values, scale, None
+                yield grouped, keys, values, scale, mx.array(seen)
     # A chunk that moves the oldest token: the mask carries the sinks' scores, all in float32.
     shape = (1, config.num_attention_heads, PREFILL_CHUNK, ROWS)
     added = mx.array(np.where(chosen.random(shape) < 0.5, -1e30, 0.0).astype(np.float32))
