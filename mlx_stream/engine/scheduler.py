@@ -14,7 +14,7 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
 from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
-LONGEST = 2.8
+LONGEST = 2.85
 FEWEST_ROWS = 8  # for prompts in each step, however long they take
 SETTLING_SHARE = 16  # settling streams, with no caller waiting, get one row in this many
 MEASURED = 25  # how many of the latest steps of a kind count
