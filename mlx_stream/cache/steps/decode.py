@@ -145,7 +145,7 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
         shape, per_key_head = kind.shape, kind.shape.query_heads // kind.shape.kv_heads
-        grouped = per_key_head <= MOST_ROWS and keys.shape[2] < TWO_PASSES
+        grouped = 1 < per_key_head <= MOST_ROWS and keys.shape[2] < TWO_PASSES
         if grouped:
             queries = queries.reshape(1, shape.kv_heads, per_key_head, -1)
         out = mx.fast.scaled_dot_product_attention(
