@@ -184,7 +184,7 @@ def chat(
 def collecting_later() -> Iterator[None]:
     """Collect no garbage: most of what is created at start-up stays.
 
-    Collections would take a seventh of the time to the prompt.
+    Collections took 80 ms of the time to the prompt with the starter, which is 0.6 to 1 s.
     """
     gc.disable()
     try:
